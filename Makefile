@@ -1,0 +1,42 @@
+# Every target sets up what it needs: Python 3.11 or newer, make and git are enough.
+PYTHON ?= python3
+PORT ?= 8000
+BIN := .venv/bin
+STAMP := .venv/.rlora-installed
+
+# -n: every cross-reference must resolve. -W --keep-going: a warning fails the build, after all
+# of them were shown. Execution is off (_config.yml): the pages show the stored outputs.
+BUILD := $(BIN)/jupyter-book build . -n -W --keep-going
+
+.PHONY: book test execute serve clean
+
+book: $(STAMP)
+	$(BUILD)
+
+# Two workers of one thread each, and no model hub: the results don't depend on either.
+test: export OMP_NUM_THREADS = 1
+test: export HF_HUB_OFFLINE = 1
+test: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pytest -n 2
+	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadscope -n 2 book
+	$(BUILD)
+
+# Chapters whose stamp is stale, or all of them: make execute ARGS=--force
+execute: $(STAMP)
+	$(BIN)/python book/execute.py $(ARGS)
+
+serve: book
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+clean:
+	rm -rf _build build .pytest_cache .ruff_cache .hypothesis
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv: some minutes, the first time."
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[lab,book,test]'
+	touch $@
