@@ -1,0 +1,45 @@
+"""The look of the book's pictures: white ground, Okabe-Ito colours, a second channel to each."""
+
+import matplotlib.pyplot as plt
+from cycler import cycler
+
+# Okabe and Ito's colours, told apart by readers with any colour vision, in this order.
+OKABE_ITO = {
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "black": "#000000",
+}
+LINE_STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+
+
+def use_book_style() -> None:
+    """Set matplotlib up for the book: the n-th line has its colour, its style and its marker."""
+    plt.rcdefaults()
+    plt.rcParams.update(
+        {
+            "axes.prop_cycle": cycler(color=list(OKABE_ITO.values()))
+            + cycler(linestyle=LINE_STYLES)
+            + cycler(marker=MARKERS),
+            "axes.facecolor": "white",
+            "axes.grid": True,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 144,
+            "figure.facecolor": "white",
+            "figure.figsize": (6.4, 3.2),
+            "font.size": 9,
+            "grid.color": "#DDDDDD",
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+            "lines.markersize": 4.5,
+            "mathtext.fontset": "cm",
+            "savefig.facecolor": "white",
+        }
+    )
