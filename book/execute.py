@@ -1,0 +1,199 @@
+"""Run the chapters whose stored outputs are stale, and stamp them.
+
+    python book/execute.py [--force] [chapter.ipynb ...]
+
+A chapter runs top to bottom in a fresh kernel, and its file is replaced only when every cell ran.
+The stamp, `rlora_book` in the notebook's metadata, records when and on what the outputs were made
+and a hash of all that they depend on: the chapter's code cells, the recorded results that it reads
+by `load_result("name")`, the syntax trees (docstrings left out) of the modules of this project that
+it imports, followed through their own imports, and the lab's data files.
+"""
+
+import argparse
+import ast
+import hashlib
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+BOOK = Path(__file__).resolve().parent
+PACKAGES = {"rlora_min": BOOK.parent / "rlora_min", "rlora_lab": BOOK / "rlora_lab"}
+STAMP = "rlora_book"
+
+
+def code_of(notebook: nbformat.NotebookNode) -> list[str]:
+    """The sources of the code cells, in order."""
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def parse_cell(source: str) -> ast.Module:
+    """The syntax tree of a cell; lines for the shell or for IPython (%, !) count as `pass`."""
+    return ast.parse(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", source))
+
+
+def canonical(node: object) -> str:
+    """A syntax tree as text: without docstrings, positions and what differs between Pythons."""
+    if isinstance(node, list):
+        return "[" + ",".join(map(canonical, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        first = node.body[0] if node.body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            fields["body"] = node.body[isinstance(first.value.value, str) :]
+    kept = (
+        f"{name}={canonical(value)}" for name, value in fields.items() if value not in (None, [])
+    )
+    return f"{type(node).__name__}({','.join(kept)})"
+
+
+def module_file(name: str, packages: dict[str, Path]) -> Path | None:
+    """The file of a module of the project, None for any other name."""
+    top, *rest = name.split(".")
+    if top not in packages:
+        return None
+    path = packages[top].joinpath(*rest)
+    return next((f for f in (path / "__init__.py", path.with_suffix(".py")) if f.is_file()), None)
+
+
+def imports(tree: ast.AST, package: str = "") -> Iterator[str]:
+    """Every dotted name that the code may import, relative ones made absolute by `package`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = parts[: len(parts) - node.level + 1] if node.level else []
+            base = ".".join([*base, *filter(None, [node.module])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:  # importing a.b.c runs a and a.b too
+            parts = name.split(".")
+            yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def modules_of(trees: list[ast.Module], packages: dict[str, Path]) -> dict[str, ast.Module]:
+    """The project's modules that the code imports, directly or not, and their syntax trees."""
+    found: dict[str, ast.Module] = {}
+    waiting = [name for tree in trees for name in imports(tree)]
+    while waiting:
+        name = waiting.pop()
+        file = module_file(name, packages)
+        if file is None or name in found:
+            continue
+        found[name] = ast.parse(file.read_text())
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        waiting += imports(found[name], package)
+    return found
+
+
+def results_of(trees: list[ast.Module]) -> list[str]:
+    """The names of the recorded results that the cells read.
+
+    Raises:
+        ValueError: a `load_result` whose first argument is no literal string.
+    """
+    names = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_result"):
+            name = node.args[0] if node.args else None
+            if not (isinstance(name, ast.Constant) and isinstance(name.value, str)):
+                raise ValueError(f"{ast.unparse(node)}: name the result by a literal string")
+            names.add(name.value)
+    return sorted(names)
+
+
+def notebook_hash(notebook: nbformat.NotebookNode, packages: dict[str, Path] = PACKAGES) -> str:
+    """The hash of all that the outputs of a chapter depend on."""
+    sources = code_of(notebook)
+    trees = [parse_cell(source) for source in sources]
+    modules = modules_of(trees, packages)
+    parts = [("cell", source.encode()) for source in sources]
+    parts += [(name, canonical(tree).encode()) for name, tree in sorted(modules.items())]
+    if "rlora_lab" in modules:
+        lab = packages["rlora_lab"]
+        files = [lab / "results" / f"{name}.json" for name in results_of(trees)]
+        files += sorted(path for path in (lab / "data").rglob("*") if path.is_file())
+        parts += [(path.relative_to(lab).as_posix(), path.read_bytes()) for path in files]
+    digest = hashlib.sha256()
+    for name, content in parts:
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def is_stale(path: Path, packages: dict[str, Path] = PACKAGES) -> bool:
+    """Whether the stamp of a chapter is missing or no longer true."""
+    notebook = nbformat.read(path, as_version=4)
+    return notebook.metadata.get(STAMP, {}).get("hash") != notebook_hash(notebook, packages)
+
+
+def execute(path: Path, packages: dict[str, Path] = PACKAGES) -> float:
+    """Run a chapter in a fresh kernel and write it with outputs and stamp; return the seconds.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed; the file is as it was.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    stamp = {"hash": notebook_hash(notebook, packages)}
+    start = time.monotonic()
+    NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
+    seconds = time.monotonic() - start
+    stamp |= {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "peft", "transformers")},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "seconds": round(seconds, 1),
+    }
+    notebook.metadata[STAMP] = stamp
+    notebook.metadata["language_info"] = {"name": "python"}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        nbformat.write(notebook, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return seconds
+
+
+def main() -> int:
+    """Run what is stale, or all with --force; 1 if a chapter failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("chapters", nargs="*", type=Path, help="notebooks; all, if none is given")
+    parser.add_argument("--force", action="store_true", help="run also what is not stale")
+    arguments = parser.parse_args()
+    failed = False
+    for path in arguments.chapters or sorted(BOOK.glob("[0-9][0-9]_*.ipynb")):
+        if not arguments.force and not is_stale(path):
+            print(f"{path.name}: up to date")
+            continue
+        print(f"{path.name}: running ...", flush=True)
+        try:
+            print(f"{path.name}: {execute(path):.1f} s")
+        except CellExecutionError as error:
+            failed = True
+            print(f"{path.name}: left as it was, because a cell failed\n{error}", file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
