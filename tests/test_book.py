@@ -1,0 +1,148 @@
+"""The book as a whole: one address, one table of contents, and pages that stand alone."""
+
+import html.parser
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from sphinxcontrib import katex
+
+ROOT = Path(__file__).parent.parent
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PAGES = [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
+CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
+
+# These load something into a page; an <a> only names where a reader may go.
+LOADING = {"img": "src", "script": "src", "iframe": "src", "source": "src", "link": "href"}
+
+
+def test_every_chapter_is_in_the_contents_and_on_the_landing_page():
+    listed = [page for page in PAGES if re.match(r"book/\d\d_", page)]
+    assert listed == [f"book/{path.stem}" for path in CHAPTERS]
+    index = (ROOT / "index.md").read_text()
+    assert [page for page in listed if f"]({page}.ipynb)" not in index] == []
+
+
+def test_katex_and_its_style_sheet_are_one_version():
+    style = (ROOT / "book/_static/katex/katex.min.css").read_text()
+    assert f'content:"{katex.katex_version}"' in style
+    fonts = re.findall(r"url\((fonts/[\w-]+\.woff2)\)", style)
+    assert fonts and all((ROOT / "book/_static/katex" / font).is_file() for font in fonts)
+
+
+def test_the_distribution_asks_for_torch_and_peft_without_upper_bounds():
+    assert PROJECT["dependencies"] == ["torch", "peft>=0.21"]
+
+
+def test_the_constraints_are_exact_and_for_any_machine():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert pins["torch"] == "2.13.0"
+    assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())
+    named = {re.match(r"[\w-]+", r)[0] for r in PROJECT["dependencies"]}
+    for extra in PROJECT["optional-dependencies"].values():
+        named |= {re.match(r"[\w-]+", requirement)[0] for requirement in extra}
+    assert named - {name.replace("_", "-").lower() for name in pins} == set()
+
+
+class Page(html.parser.HTMLParser):
+    """What one built page loads, shows and links to."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.loads, self.images, self.links, self.ids = path, [], [], [], set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids |= {attrs[key] for key in ("id", "name") if attrs.get(key)}
+        if attrs.get(LOADING.get(tag, "")) and attrs.get("rel") != "canonical":
+            self.loads.append(attrs[LOADING[tag]])
+        if tag == "img":
+            self.images.append(attrs)
+        if tag == "a" and attrs.get("href"):
+            self.links.append(attrs["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> dict[str, Page]:
+    """The pages of a strict build, by their address in the site."""
+    out = tmp_path_factory.mktemp("book")
+    command = [Path(sys.executable).parent / "jupyter-book", "build", ROOT, "--path-output", out]
+    run = subprocess.run(
+        [*command, "-n", "-W", "--keep-going"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    root = out / "_build" / "html"
+    return {p.relative_to(root).as_posix(): Page(p) for p in sorted(root.rglob("*.html"))}
+
+
+def foreign(page: Page) -> list[str]:
+    """What a page would fetch from another host."""
+    return [address for address in page.loads if urlsplit(address).netloc]
+
+
+def dead(site: dict[str, Page], name: str) -> list[str]:
+    """The links of a page into the site that lead nowhere."""
+    page, found = site[name], []
+    for link in page.links:
+        parts = urlsplit(link)
+        if parts.scheme or parts.netloc:
+            continue
+        target = (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path
+        known = next((p for p in site.values() if p.path == target), None)
+        if not target.is_file() or (parts.fragment and known and parts.fragment not in known.ids):
+            found.append(link)
+    return found
+
+
+@pytest.mark.xdist_group("site")
+def test_the_strict_build_has_every_page(site):
+    assert {f"{page}.html" for page in ["index", *PAGES]} <= set(site)
+
+
+@pytest.mark.xdist_group("site")
+def test_no_page_fetches_from_another_host(site):
+    assert {name: foreign(page) for name, page in site.items() if foreign(page)} == {}
+    text = "".join(page.path.read_text() for page in site.values())
+    assert not re.search(r"unpkg\.com|jsdelivr|cdnjs|googleapis", text)
+
+
+@pytest.mark.xdist_group("site")
+def test_mathematics_has_what_draws_it(site):
+    pages = {n: p for n, p in site.items() if '<span class="math' in p.path.read_text()}
+    assert pages
+    for page in pages.values():
+        for needed in ("katex.min.js", "katex_autorenderer.js", "katex/katex.min.css"):
+            found = [load for load in page.loads if needed in load]
+            assert found and (page.path.parent / urlsplit(found[0]).path).resolve().is_file()
+
+
+@pytest.mark.xdist_group("site")
+def test_every_picture_has_alt_text(site):
+    for name, page in site.items():
+        assert [i for i in page.images if not i.get("alt", "").strip()] == [], name
+
+
+@pytest.mark.xdist_group("site")
+def test_no_link_into_the_site_is_dead(site):
+    assert {name: dead(site, name) for name in site if dead(site, name)} == {}
+
+
+def test_a_foreign_script_and_a_dead_link_are_seen(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(
+        '<script src="https://example.org/a.js"></script><img src="b.png">'
+        '<a href="gone.html">x</a><a href="#gone">y</a><a id="here" href="#here">z</a>'
+    )
+    site = {"page.html": Page(path)}
+    assert foreign(site["page.html"]) == ["https://example.org/a.js"]
+    assert dead(site, "page.html") == ["gone.html", "#gone"]
+    assert not site["page.html"].images[0].get("alt")
