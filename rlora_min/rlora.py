@@ -80,7 +80,7 @@ class RLoraConfig(PeftConfig):
     dropout_on: str = "heads"  # "heads" (a mask a head, on A x), "input" (one mask on x, as LoRA)
     router: str = "softmax"  # "softmax" (a weighting a token), "mean" (no router: M-LoRA)
     router_init: str = "zeros"  # "zeros" (training starts at the base), "kaiming" (as released)
-    init_weights: bool = True  # False: everything at random and no side pair, off the identity
+    init_weights: bool = True  # False: nothing zeroed, centred or subtracted, so off the base
     init_seed: int | None = None  # the same adapter on every device, whatever ran before
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -178,36 +178,39 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _draw(self, adapter_name: str, path: str) -> None:
-        config = self.configs[adapter_name]
+        config, generator = self.configs[adapter_name], None
         A, B = self.rlora_A[adapter_name].weight, self.rlora_B[adapter_name].weight
-        random = config.init_weights and config.init_heads != "zeros"
-        if not A.is_meta:  # on the meta device there is nothing to draw: a checkpoint follows
-            generator = None
-            if config.init_seed is not None:  # a stream for each module, untouched by the others
-                digest = hashlib.sha256(f"{config.init_seed}:{path}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-            if random:  # Table 1; its second argument is a variance
-                scale = self.out_features**0.25 / math.sqrt(config.gamma)
-                A.normal_(0, scale / math.sqrt(self.in_features), generator=generator)
-                B.normal_(0, scale / math.sqrt(self.out_features), generator=generator)
-            else:
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-                nn.init.kaiming_uniform_(B, a=math.sqrt(5), generator=generator)
-            if adapter_name in self.rlora_router:
-                W_r = self.rlora_router[adapter_name].weight
-                nn.init.kaiming_uniform_(W_r, a=math.sqrt(5), generator=generator)
-                if config.init_weights and config.router_init == "zeros":
-                    W_r.zero_()
-        if config.init_weights and config.init_heads == "zeros":
-            B.zero_()
         heads = B.view(self.out_features, config.num_heads, config.r)
-        if random and config.init_heads == "centered":
+        pair = config.init_heads == "random"
+        if pair:  # zeros until drawn; real even under PEFT's meta device, which skips buffers
+            self.rlora_A0[adapter_name] = torch.zeros(A.shape)
+            self.rlora_B0[adapter_name] = torch.zeros(heads[:, 0].shape)
+        if A.is_meta:  # nothing to draw: a checkpoint follows
+            return
+        if config.init_seed is not None:  # a stream for each module, whatever the others draw
+            digest = hashlib.sha256(f"{config.init_seed}:{path}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        if config.init_heads == "zeros":
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5), generator=generator)
+        else:  # Table 1; its second argument is a variance
+            scale = self.out_features**0.25 / math.sqrt(config.gamma)
+            A.normal_(0, scale / math.sqrt(self.in_features), generator=generator)
+            B.normal_(0, scale / math.sqrt(self.out_features), generator=generator)
+        if config.router == "softmax":
+            W_r = self.rlora_router[adapter_name].weight
+            nn.init.kaiming_uniform_(W_r, a=math.sqrt(5), generator=generator)
+        if not config.init_weights:  # off the identity
+            return
+        if config.router == "softmax" and config.router_init == "zeros":
+            W_r.zero_()
+        if config.init_heads == "zeros":
+            B.zero_()
+        elif pair:
+            self.rlora_A0[adapter_name].copy_(A)
+            self.rlora_B0[adapter_name].copy_(heads.mean(1))  # Bbar0
+        else:
             heads -= heads.mean(1, keepdim=True)
-        if random and config.init_heads == "random":
-            A0, B0 = A.clone(), heads.mean(1)  # Bbar0
-            if A.is_meta:  # PEFT fills parameters on the meta device later, but moves buffers now
-                A0, B0 = torch.zeros(A0.shape), torch.zeros(B0.shape)
-            self.rlora_A0[adapter_name], self.rlora_B0[adapter_name] = A0, B0
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None) -> None:
         # PEFT rounds a new adapter to the base's dtype and casts it back. Here the draw stays in
@@ -477,7 +480,9 @@ def _check_checkpoint(model: nn.Module, adapter_name: str, state_dict: Mapping) 
     for path, layer in model.named_modules():
         if isinstance(layer, RLoraLayer) and adapter_name in layer.configs:
             layer.check_tensors(adapter_name, state_dict, f"{path}.")
-    if extra := sorted(state_dict.keys() - model.state_dict().keys()):
+    known = model.state_dict().keys()  # and, as PEFT saves some biases of modules_to_save twice:
+    known |= {RLoraModel._remove_adapter_name_from_key(key, adapter_name) for key in known}
+    if extra := sorted(state_dict.keys() - known):
         raise ValueError(
             f"adapter '{adapter_name}': the checkpoint holds {len(extra)} tensors that this model "
             f"has no place for, such as {extra[:3]}. Was it trained on another base?"
