@@ -1,0 +1,1 @@
+"""What the chapters and the commands share: bases, tasks, training, measuring, plotting."""
