@@ -1,18 +1,24 @@
-"""Runs PEFT's own tests on the R-LoRA tuner: `python tests/peft_contracts.py [--peft 0.21.2]`.
+"""Runs PEFT's own tests on the R-LoRA tuner: `python tests/peft_contracts.py [--record]`.
 
-PEFT's source distribution carries tests/test_custom_models.py, the contracts that each of its tuners
-keeps. This command downloads that distribution, puts our configurations in place of PEFT's in a
-temporary copy, and runs what is parametrized by them against the peft that is installed. Nothing of
-PEFT's is kept. What holds, and why the rest does not apply, is recorded in tests/PEFT_CONTRACTS.md.
+PEFT's source distribution carries tests/test_custom_models.py, the contracts that each of its
+tuners keeps. This command downloads that of the peft that is installed, puts our configurations in
+place of PEFT's in a temporary copy, and runs what is parametrized by them. Nothing of PEFT's is
+kept. With --record, the table of that release in tests/PEFT_CONTRACTS.md is written anew. Other
+options go to pytest. PEFT's tests need `pip install diffusers parameterized`.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
+from xml.etree import ElementTree
+
+RECORD = Path(__file__).with_name("PEFT_CONTRACTS.md")
 
 # Our configurations in PEFT's format: (name, model, config class, settings).
 # lora_alpha makes the scale 1, as PEFT's own cases have it: they train at a learning rate of 0.5.
@@ -94,33 +100,60 @@ def pytest_runtest_call(item):
 """
 
 
+def table(report: Path, release: str) -> str:
+    """A Markdown table of a JUnit report: for each contract, how many cases held."""
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for case in ElementTree.parse(report).iter("testcase"):
+        states = {child.tag for child in case} & {"failure", "error", "skipped"}
+        counts[case.get("name").split("[")[0]][states.pop() if states else "held"] += 1
+    total = sum(counts.values(), Counter())
+    rows = [("all of them", total), *sorted(counts.items())]
+    lines = [f"## peft {release}", "", "| contract | held | failed | does not apply |"]
+    lines.append("| --- | --- | --- | --- |")
+    for name, count in rows:
+        failed = count["failure"] + count["error"]
+        lines.append(f"| {name} | {count['held']} | {failed} | {count['skipped']} |")
+    return "\n".join(lines) + "\n"
+
+
+def record(section: str, release: str) -> None:
+    text = RECORD.read_text()
+    old = re.compile(rf"## peft {re.escape(release)}\n.*?(?=\n## |\Z)", re.S)
+    text = old.sub(lambda _: section, text) if old.search(text) else f"{text}\n{section}"
+    RECORD.write_text(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peft", default=version("peft"), help="release whose tests to run")
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
     args, rest = parser.parse_known_args()
+    release = version("peft")
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:"]
-            + ["--no-build-isolation", "--dest", scratch, f"peft=={args.peft}"],
+            + ["--no-build-isolation", "--dest", scratch, f"peft=={release}"],
             check=True,
         )
         with tarfile.open(next(Path(scratch).glob("peft-*.tar.gz"))) as archive:
             archive.extractall(scratch, filter="data")
-        tests = Path(scratch, f"peft-{args.peft}", "tests")
+        tests = Path(scratch, f"peft-{release}", "tests")
         module = tests / "test_custom_models.py"
         before, marker, after = module.read_text().partition(
             "def _skip_tests_with_multiple_adapters_with_target_parameters("
         )
         if not marker:
-            raise SystemExit(f"peft {args.peft}: test_custom_models.py has changed its form.")
+            raise SystemExit(f"peft {release}: test_custom_models.py has changed its form.")
         module.write_text(before + CASES + marker + after)
         (tests / "conftest.py").write_text(CONFTEST)
         (tests / "__init__.py").touch()
         (tests / "pytest.ini").write_text("[pytest]\n")  # in place of PEFT's, which wants plugins
-        print(f"peft installed: {version('peft')}; tests of peft {args.peft}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        report = Path(scratch, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
         command += ["-c", str(tests / "pytest.ini"), "-k", "RLoRA or RLoraConfig"]
-        return subprocess.run([*command, *rest, str(module)]).returncode
+        done = subprocess.run([*command, f"--junitxml={report}", *rest, str(module)])
+        if args.record:
+            record(table(report, release), release)
+    return done.returncode
 
 
 if __name__ == "__main__":
