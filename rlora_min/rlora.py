@@ -439,8 +439,8 @@ def export_lora(
     A LoRA can't route, so `weights` fixes the routing: "mean" (1/N), N numbers, or `{module path: N
     numbers}`, such as `log.mean[task]` of `record_routing`. For fixed weights the LoRA is exact, of
     rank r, or 2 r with the side pair; biases and `modules_to_save` go along. Both files are written
-    whole before either replaces an old one. Returns, for a `batch` to call the model with, max
-    |routed - exported| and ||routed - exported|| / ||routed|| of its output in evaluation.
+    whole before either replaces an old one. Returns, for a `batch` to call the model with,
+    `max |routed - exported|` and `||routed - exported|| / ||routed||` of its output in evaluation.
     ValueError: no such adapter, weights that are not N finite numbers for each of its layers, or a
     `batch` while it is not the one active adapter.
     """
