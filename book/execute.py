@@ -29,6 +29,11 @@ from nbclient.exceptions import CellExecutionError
 BOOK = Path(__file__).resolve().parent
 PACKAGES = {"rlora_min": BOOK.parent / "rlora_min", "rlora_lab": BOOK / "rlora_lab"}
 STAMP = "rlora_book"
+# No part of a chapter's output: bars of files being read, and libraries' notes to themselves.
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found,ignore::FutureWarning",
+}
 
 
 def code_of(notebook: nbformat.NotebookNode) -> list[str]:
@@ -155,7 +160,7 @@ def execute(path: Path, packages: dict[str, Path] = PACKAGES) -> float:
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
-    ).execute()
+    ).execute(env=os.environ | QUIET)
     seconds = time.monotonic() - start
     stamp |= {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
