@@ -1,0 +1,180 @@
+"""Tiny bases of every supported kind, and the few verbs that the tests of `rlora_min` share."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rlora_min import RLoraConfig, RLoraLayer
+
+# A warning is an error, but for PEFT's use of a name that transformers has deprecated.
+STRICT = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+VOCABULARY = 31
+# One setting a method, in the words of RLoraConfig's docstring, and the centred start.
+METHODS = {
+    "rlora": {},
+    "centered": {"init_heads": "centered"},
+    "zeros": {"init_heads": "zeros"},
+    "mlora": {"router": "mean"},
+    "hydralora": {"init_heads": "zeros", "dropout_on": "input", "router_init": "kaiming"},
+    "lora": {"num_heads": 1, "init_heads": "zeros", "dropout_on": "input", "router": "mean"},
+}
+
+
+def llama(layers: int = 2, **settings) -> PreTrainedModel:
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=VOCABULARY)
+    settings = sizes | dict(num_hidden_layers=layers, num_key_value_heads=1) | settings
+    return LlamaForCausalLM(LlamaConfig(**settings, pad_token_id=0, eos_token_id=None))
+
+
+def qwen2() -> PreTrainedModel:
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=VOCABULARY)
+    return Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=1, **sizes))
+
+
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=VOCABULARY))
+
+
+def bert() -> PreTrainedModel:
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=VOCABULARY)
+    return BertForSequenceClassification(BertConfig(num_hidden_layers=2, **sizes))
+
+
+def sequential(layers: int = 2) -> nn.Module:
+    middle = [m for _ in range(layers - 1) for m in (nn.Linear(10, 10), nn.Tanh())]
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), *middle, nn.Linear(10, 5))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of base: how to make one, always with the same weights, and what to adapt in it."""
+
+    build: Callable[..., nn.Module]
+    targets: tuple[str, ...]
+    token: bool = True  # takes input_ids, else vectors of width 6
+
+    def base(self, **settings) -> nn.Module:
+        torch.manual_seed(0)
+        return self.build(**settings).eval()
+
+    def inputs(self, seed=0, batch=2, length=5, dtype=None) -> dict[str, Tensor] | Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if self.token:
+            ids = torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return torch.randn(batch, length, 6, generator=generator).to(dtype)
+
+
+KINDS = {
+    "llama": Kind(llama, ("q_proj", "gate_proj", "up_proj", "down_proj")),
+    "qwen2": Kind(qwen2, ("q_proj", "v_proj", "down_proj")),
+    "gpt2": Kind(gpt2, ("c_attn", "c_fc", "c_proj")),
+    "bert": Kind(bert, ("query", "value", "output.dense")),
+    "sequential": Kind(sequential, ("0", "2"), token=False),
+}
+
+
+def adapt(base: nn.Module, targets, adapter_name: str = "default", seed: int = 1, **settings):
+    """The base with an R-LoRA adapter, in evaluation."""
+    torch.manual_seed(seed)
+    config = RLoraConfig(target_modules=list(targets), **settings)
+    return get_peft_model(base, config, adapter_name=adapter_name).eval()
+
+
+def output(model: nn.Module, inputs) -> Tensor:
+    out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, inputs) -> Tensor:
+    return output(model.eval(), inputs)
+
+
+def layers_of(model: nn.Module) -> list[RLoraLayer]:
+    return [module for module in model.modules() if isinstance(module, RLoraLayer)]
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Every tensor of an adapter, the side pair included, by its name in the state dict."""
+    own = (f".{adapter_name}", f".{adapter_name}.weight")
+    state = model.state_dict()
+    return {k: v for k, v in state.items() if ".rlora_" in k and k.endswith(own)}
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, adapter_name: str = "default", seed: int = 5, scale: float = 0.2):
+    """Moves every tensor of an adapter off its start, so that an equality says something."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in adapter_tensors(model, adapter_name).values():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        tensor.add_(scale * noise.to(tensor))
+    return model
+
+
+def train(model: nn.Module, batches: Iterator, lr: float = 1e-2) -> nn.Module:
+    """A step of AdamW for each batch, without weight decay, to make the outputs small."""
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0)
+    for inputs in batches:
+        output(model, inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Bit for bit, NaN included."""
+    return one.keys() == other.keys() and all(
+        a.dtype == other[k].dtype and a.shape == other[k].shape and a.equal(other[k])
+        for k, a in one.items()
+    )
+
+
+def relative(difference: Tensor, to: Tensor) -> float:
+    """The largest difference, in units of the largest value."""
+    return (difference.abs().max() / to.abs().max()).item()
+
+
+def anatomy(model: nn.Module) -> dict:
+    """All that an error may not change: modules, tensors, what trains, what is active."""
+    return {
+        "modules": [(name, type(module), id(module)) for name, module in model.named_modules()],
+        "training": [module.training for module in model.modules()],
+        "trains": [parameter.requires_grad for parameter in model.parameters()],
+        "active": [layer.active_adapters for layer in layers_of(model)],
+        "configs": sorted(getattr(model, "peft_config", {})),
+        "tensors": snapshot(model),
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict) -> None:
+    after = anatomy(model)
+    for part in before:
+        if part == "tensors":
+            assert same_tensors(before[part], after[part]), part
+        else:
+            assert before[part] == after[part], part
