@@ -27,12 +27,16 @@ def environment() -> dict:
     }
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file whole or not at all."""
+def write_result(path: Path, result: dict) -> None:
+    """Write a result as JSON, whole or not at all; each of its records on one line."""
+    head = {key: value for key, value in result.items() if key != "records"}
+    text = json.dumps(head, indent=1).removesuffix("\n}")
+    records = ",\n  ".join(json.dumps(record) for record in result["records"])
+    text = f'{text},\n "records": [\n  {records}\n ]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

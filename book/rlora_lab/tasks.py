@@ -112,6 +112,7 @@ class Synthetic:
     metrics = ("letters", "exact")
     default_lr, default_batch = 4e-3, 64
     modules_to_save = None
+    provenance: dict = {}  # all of it is computed here
     collate = None  # rows have one length: the Trainer's own collator stacks them
 
     def __init__(self, tasks: Iterable[str] = tuple(SUITE_TASKS)) -> None:
@@ -171,8 +172,8 @@ class Synthetic:
             guess = model(input_ids=ids).logits[:, QUESTION - 1 : -1].argmax(-1)
             right = guess == ids[:, QUESTION:]
             result[task] = {
-                "letters": right.float().mean().item(),
-                "exact": right.all(1).float().mean().item(),
+                "letters": right.double().mean().item(),
+                "exact": right.all(1).double().mean().item(),
             }
         model.train(training)
         return result

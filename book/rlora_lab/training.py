@@ -1,5 +1,6 @@
 """Training by transformers' `Trainer`, in one call."""
 
+import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 
 class _Report(TrainerCallback):
@@ -19,6 +19,17 @@ class _Report(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.on_step(state.global_step)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: the Trainer writes its state last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
 
 
 def train(
@@ -74,8 +85,7 @@ def train(
             data_collator=suite.collate,
             callbacks=[_Report(on_step)] if on_step else None,
         )
-        last = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
         trainer.pop_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if folder else None)
     model.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
