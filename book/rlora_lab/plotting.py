@@ -43,3 +43,18 @@ def use_book_style() -> None:
             "savefig.facecolor": "white",
         }
     )
+
+
+def _method(label: str, color: str, marker: str, linestyle: object) -> dict:
+    return {"label": label, "color": OKABE_ITO[color], "marker": marker, "linestyle": linestyle}
+
+
+# One look for each method in every chapter: `ax.plot(x, y, **METHOD_STYLES["rlora"])`.
+METHOD_STYLES = {
+    "lora": _method("LoRA", "black", "o", "-"),
+    "hydralora": _method("HydraLoRA", "orange", "s", "--"),
+    "hydralora+dropout": _method("HydraLoRA + head dropout", "sky", "^", "-."),
+    "hydralora+init": _method("HydraLoRA + random heads", "green", "v", ":"),
+    "mlora": _method("M-LoRA", "purple", "D", (0, (5, 1, 1, 1, 1, 1))),
+    "rlora": _method("R-LoRA", "vermillion", "P", "-"),
+}
