@@ -29,10 +29,9 @@ def environment() -> dict:
 
 def write_result(path: Path, result: dict) -> None:
     """Write a result as JSON, whole or not at all; each of its records on one line."""
-    head = {key: value for key, value in result.items() if key != "records"}
-    text = json.dumps(head, indent=1).removesuffix("\n}")
-    records = ",\n  ".join(json.dumps(record) for record in result["records"])
-    text = f'{text},\n "records": [\n  {records}\n ]\n}}\n'
+    lines = ",\n  ".join(json.dumps(record) for record in result["records"])
+    text = json.dumps(result | {"records": []}, indent=1) + "\n"
+    text = text.replace('"records": []', f'"records": [\n  {lines}\n ]')
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -52,7 +52,7 @@ def chosen_records(result: dict, method: str) -> list[dict]:
     return sorted(records, key=lambda r: r["seed"])
 
 
-def test_scores(result: dict, method: str, metric: str | None = None) -> np.ndarray:
+def score_array(result: dict, method: str, metric: str | None = None) -> np.ndarray:
     """Scores on test data, (seeds, tasks); `metric` is the suite's first unless named."""
     metric = metric or result["metrics"][0]
     return np.array(
@@ -80,5 +80,5 @@ def paired_difference(
     seeds = [[r["seed"] for r in chosen_records(result, m)] for m in (method, against)]
     if seeds[0] != seeds[1]:
         raise LabError(f"{method} and {against} were not run on the same seeds: {seeds}")
-    scores = [test_scores(result, m, metric).mean(1) for m in (method, against)]
+    scores = [score_array(result, m, metric).mean(1) for m in (method, against)]
     return interval(scores[0] - scores[1])

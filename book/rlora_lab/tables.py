@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from rich.table import Table
 
-from .results import chosen_records, paired_difference, test_scores
+from .results import chosen_records, paired_difference, score_array
 
 
 def table(result: dict) -> Table:
@@ -16,7 +16,7 @@ def table(result: dict) -> Table:
     scores, records = {}, {}
     for method in result["methods"]:
         table.add_column(method, justify="right")
-        scores[method] = 100 * test_scores(result, method)
+        scores[method] = 100 * score_array(result, method)
         records[method] = chosen_records(result, method)
 
     def row(name: str, value: Callable[[str], str], **kwargs) -> None:
