@@ -11,9 +11,8 @@
 
 A (r x d_in) is shared, the heads B_i (d_out x r) start at random, D_i is head i's own dropout mask
 (training only). A0 and Bbar0, A and the mean head as drawn, stay frozen and take the random start
-off the output, so that training begins at the base model. The forward is packed: one product goes
-down (A, W_r and A0 stacked) and one up (the heads and Bbar0 side by side), because sum_i g_i B_i
-D_i(A x) = [B_1 | ... | B_N] concat_i(g_i D_i(A x)). Only merging touches the base weight.
+off the output: training begins at the base model. The forward is packed: one product down (A, W_r,
+A0 stacked), one up ([B_1 | ... | B_N] concat_i(g_i D_i(A x))). W0 is touched by merging alone.
 """
 
 import difflib
@@ -29,11 +28,11 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin
 
 import peft
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -93,15 +92,39 @@ class RLoraConfig(peft.PeftConfig):
             raise ValueError("layers_pattern needs layers_to_transform.")
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> "RLoraConfig":
-        config = super().from_pretrained(*args, **kwargs)
-        config._awaits_weights = True  # not a field, so never saved; RLoraModel's loading reads it
+    def from_pretrained(cls, path, subfolder: str | None = None, **kwargs) -> "RLoraConfig":
+        config = super().from_pretrained(path, subfolder=subfolder, **kwargs)
+        file = os.path.join(path, subfolder or "", "adapter_model.safetensors")
+        try:  # PEFT reads it after it has changed the model
+            safetensors.safe_open(file, "pt") if os.path.isfile(file) else None
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file} is not a whole file of tensors: {error}") from error
+        config._loading = [], []  # not a field, so never saved; RLoraModel fills and reads it
         return config
 
     @property
     def scaling(self) -> float:
         """s, the factor on the heads' output."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def _check(adapter_name: str, state: Mapping, checkpoint: Mapping, whole: bool = True) -> None:
+    own = re.compile(rf"(^|\.)rlora_\w+\.{re.escape(adapter_name)}(\.weight)?$")
+    needed = {name for name in state if own.search(name)}
+    if not (whole or needed & checkpoint.keys()):
+        return  # tensors of the base or of other adapters
+    for name in sorted(needed | checkpoint.keys() if whole else needed):
+        here, new = (tuple(t[name].shape) if name in t else "none" for t in (state, checkpoint))
+        if here != new or not checkpoint[name].isfinite().all():
+            what = f"{name}: the model has {here}, the checkpoint {new}, and all must be finite"
+            raise ValueError(f"Adapter '{adapter_name}' can't load {what}.")
+
+
+def _load_whole(self, state_dict, prefix, *args, **kwargs) -> None:
+    # RLoraModel sees all layers before the first is copied; a layer is for models without it.
+    for name in self.peft_config if isinstance(self, BaseTuner) else self.configs:
+        _check(name, self.state_dict(prefix=prefix), state_dict, whole=False)
+    nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
 
 class RLoraLayer(nn.Module, BaseTunerLayer):
@@ -113,6 +136,7 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("rlora_A", "rlora_B", "rlora_router")
     other_param_names = ("rlora_A0", "rlora_B0", "configs")
+    _load_from_state_dict = _load_whole
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RLoraConfig, path: str):
         super().__init__()
@@ -124,6 +148,7 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, adapter_name, []
         self.update_layer(adapter_name, config, path)
 
+    @torch.inference_mode(False)
     def update_layer(self, adapter_name: str, config: RLoraConfig, path: str) -> None:
         """Adds an adapter, drawn on the CPU; `path` is the module's name in the base model."""
         self.configs[adapter_name], r, N = config, config.r, config.num_heads
@@ -138,6 +163,8 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
             self._draw(adapter_name, config, path)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if hasattr(config, "_loading"):
+            config._loading[1].append((B := self.rlora_B[adapter_name].weight, B._version))
 
     @torch.no_grad()
     def _draw(self, adapter_name: str, config: RLoraConfig, path: str) -> None:
@@ -195,7 +222,6 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         W_r = [self.rlora_router[adapter_name].weight] if adapter_name in self.rlora_router else []
         A0 = [self.rlora_A0[adapter_name]] if adapter_name in self.rlora_A0 else []
         x = self._cast_input_dtype(x, A.dtype)
-
         down = torch.cat([A, *W_r, *A0])  # (r [+ N] [+ r], d_in)
         if config.dropout_on == "input" and self.training and p > 0:  # only A sees the masked x
             Ax, rest = F.linear(F.dropout(x, p), A), F.linear(x, down[r:])
@@ -261,25 +287,6 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(weight)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        for adapter_name in self.configs:  # PEFT loads non-strictly, so half an adapter would pass
-            _check_tensors(self, adapter_name, state_dict, prefix, whole=False)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _check_tensors(module, adapter_name, checkpoint: Mapping, prefix="", whole=True) -> None:
-    own = re.compile(rf"(^|\.)rlora_\w+\.{re.escape(adapter_name)}(\.weight)?$")
-    needed = {prefix + key: t for key, t in module.state_dict().items() if own.search(key)}
-    if not (whole or needed.keys() & checkpoint.keys()):
-        return  # tensors of other adapters
-    for name, tensor in needed.items():
-        new = checkpoint.get(name, torch.empty(0))
-        if new.shape != tensor.shape or not new.isfinite().all():
-            need = f"finite values of shape {tuple(tensor.shape)} in {name}"
-            found = f"{new.isfinite().sum()} in {tuple(new.shape)}"
-            found = found if name in checkpoint else "no such tensor"
-            raise ValueError(f"Adapter '{adapter_name}' needs {need}; its checkpoint has {found}.")
-
 
 def _check_target(path: str, module: nn.Module) -> None:
     linear = all(isinstance(getattr(module, f"{s}_features", None), int) for s in ("in", "out"))
@@ -295,17 +302,19 @@ class RLoraModel(BaseTuner):
     prefix = "rlora_"
     tuner_layer_cls = RLoraLayer
     target_module_mapping = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _load_from_state_dict = _load_whole
 
     def _prepare_model(self, config: RLoraConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, so a refusal here leaves the model whole.
-        if config.target_modules in ("all-linear", "dummy-target-modules"):
-            return
+        if hasattr(config, "_loading"):
+            config._loading = [p for p in model.parameters() if p.requires_grad], []
+        peft.tuners.tuners_utils._maybe_include_all_linear_layers(config, model)
         inner = re.compile(r"\.(base_layer|rlora_\w+)(\.|$)")  # parts of adapters already there
         modules = {n: m for n, m in model.named_modules() if n and not inner.search(n)}
         targets = [name for name in modules if self._check_target_module_exists(config, name)]
         for name in targets:
             _check_target(name, modules[name])
-        if not targets:
+        if not targets and config.target_modules != "dummy-target-modules":
             wanted = [w] if isinstance(w := config.target_modules, str) else sorted(w)
             names = sorted({*modules, *(name.rpartition(".")[2] for name in modules)})
             close = [name for w in wanted for name in difflib.get_close_matches(w, names, 3, 0.5)]
@@ -329,31 +338,25 @@ class RLoraModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # The step of PEFT's loading that sees a checkpoint whole, before any tensor is copied.
-        state_dict = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-        known = set(model.state_dict())
-        if not any(key.startswith("base_model.model.") for key in known):  # not in a PeftModel
-            state_dict = {k.removeprefix("base_model.model."): v for k, v in state_dict.items()}
+        given = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state = model.state_dict()
+        if not any(key.startswith("base_model.model.") for key in state):  # not in a PeftModel
+            given = {k.removeprefix("base_model.model."): v for k, v in given.items()}
         # PEFT itself saves the biases of modules_to_save a second time, without the adapter's name.
-        known |= {cls._remove_adapter_name_from_key(key, adapter_name) for key in known}
-        bad = [k for k, v in state_dict.items() if k not in known or not v.isfinite().all()]
+        twice = {cls._remove_adapter_name_from_key(k, adapter_name) for k in state} - state.keys()
         try:
-            _check_tensors(model, adapter_name, state_dict)
-            if bad:
-                raise ValueError(
-                    f"'{adapter_name}' has tensors without a place or not finite: {bad}"
-                )
-        except ValueError:  # take an adapter out that was injected for this and holds nobody's work
+            _check(adapter_name, state, {k: v for k, v in given.items() if k not in twice})
+        except ValueError:  # take an adapter out that was injected for this and was not trained
             tuner = getattr(model, "base_model", None)
-            fresh = config.inference_mode and getattr(config, "_awaits_weights", False)
-            if fresh and isinstance(tuner, RLoraModel):
+            trained, drawn = getattr(config, "_loading", ([], []))
+            if drawn and isinstance(tuner, RLoraModel) and all(B._version == v for B, v in drawn):
                 tuner.delete_adapter(adapter_name)
                 if not tuner.peft_config:
                     tuner.unload()
+                nn.ParameterList(trained).requires_grad_()
             raise
-        config._awaits_weights = False
-        return state_dict
+        vars(config).pop("_loading", None)
+        return given
 
 
 peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["RLORA"] = RLoraConfig
@@ -383,10 +386,11 @@ def head_similarity(
     for path, layer in _layers(model, adapter_name).items():
         B = layer.rlora_B[adapter_name].weight.detach().double()
         if initial is not None:
-            key = next((k for k in initial if k.endswith(f".{path}.rlora_B.weight")), None)
-            if key is None or initial[key].shape != B.shape:
+            known = {key.removeprefix("base_model.model."): t for key, t in initial.items()}
+            old = known.get(f"{path}.rlora_B.weight", torch.empty(0))
+            if old.shape != B.shape:
                 raise ValueError(f"initial has no heads of shape {tuple(B.shape)} for '{path}'.")
-            B = B - initial[key].to(B)
+            B = B - old.to(B)
         N = layer.configs[adapter_name].num_heads
         heads = F.normalize(B.unflatten(1, (N, -1)).transpose(0, 1).flatten(1))  # (N, d_out r)
         similarity[path] = (heads @ heads.T).float().cpu()
@@ -416,8 +420,7 @@ class record_routing(ExitStack):
         g = layer.routing(args[0], adapter_name).double().cpu()
         mask = torch.as_tensor(torch.ones(g.shape[:-1]) if self.mask is None else self.mask)
         if mask.shape != g.shape[:-1]:
-            shapes = f"shape {tuple(mask.shape)}, the tokens {tuple(g.shape[:-1])}"
-            raise ValueError(f"At '{path}', log.mask has {shapes}.")
+            raise ValueError(f"'{path}' has {[*g.shape[:-1]]} tokens, log.mask {[*mask.shape]}.")
         g = g[mask.cpu() != 0]  # (tokens, N)
         new = torch.cat([g, torch.special.entr(g).sum(1, True), torch.ones(len(g), 1)], 1).sum(0)
         new = self._sums[self.task, path] = new + self._sums.get((self.task, path), 0)
@@ -458,24 +461,21 @@ def export_lora(
             raise ValueError(f"Layer '{path}' needs {N} finite weights or 'mean', got {g!r}.")
         pairs[path] = layers[path].lora_pair(adapter_name, torch.as_tensor(g, dtype=torch.float64))
     error = None if batch is None else _export_error(model, layers, adapter_name, pairs, batch)
-
-    tensors = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors = {key: tensor for key, tensor in tensors.items() if ".rlora_" not in key}
+    prefix, saved = "base_model.model.", peft.get_peft_model_state_dict(model, None, adapter_name)
+    tensors = {prefix + k.removeprefix(prefix): saved[k] for k in saved if ".rlora_" not in k}
     for path, (A, B) in pairs.items():
-        tensors |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
-    tensors = {k.removeprefix("base_model.model."): v.contiguous() for k, v in tensors.items()}
-    tensors = {f"base_model.model.{k}": v.cpu().clone() for k, v in tensors.items()}
-    shared = {f.name for f in fields(peft.LoraConfig)} & {f.name for f in fields(RLoraConfig)}
-    settings = {name: getattr(config, name) for name in shared}
+        tensors |= {f"{prefix}{path}.lora_A.weight": A, f"{prefix}{path}.lora_B.weight": B}
+    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+    settings = {n: getattr(config, n) for n in vars(peft.LoraConfig()) if hasattr(config, n)}
     settings |= {"r": len(A), "lora_alpha": len(A), "use_rslora": False}  # scale 1: s stands in B
     settings |= {"bias": config.bias.replace("rlora", "lora"), "inference_mode": True}
     conv = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
     os.makedirs(directory, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        save_file(tensors, f"{scratch}/adapter_model.safetensors", metadata={"format": "pt"})
-        peft.LoraConfig(**settings, fan_in_fan_out=conv).save_pretrained(scratch)
+    with tempfile.TemporaryDirectory(dir=directory) as new:  # both are whole before one is replaced
+        safetensors.torch.save_file(tensors, f"{new}/adapter_model.safetensors", {"format": "pt"})
+        peft.LoraConfig(**settings, fan_in_fan_out=conv).save_pretrained(new)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
-            os.replace(os.path.join(scratch, name), os.path.join(directory, name))
+            os.replace(os.path.join(new, name), os.path.join(directory, name))
     return error
 
 
@@ -484,8 +484,9 @@ def _export_error(model, layers, adapter_name, pairs, batch) -> tuple[float, flo
         out = model(**batch) if isinstance(batch, Mapping) else model(batch)
         return (out if isinstance(out, Tensor) else getattr(out, "logits", out[0])).double()
 
-    if any(layer.active_adapters != [adapter_name] for layer in layers.values()):
-        raise ValueError(f"To measure on a batch, make '{adapter_name}' the one active adapter.")
+    for layer in layers.values():
+        if layer.active_adapters != [adapter_name] or layer.disable_adapters or layer.merged:
+            raise ValueError(f"For a batch, '{adapter_name}' must be active, alone and unmerged.")
     with ExitStack() as undo:
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
