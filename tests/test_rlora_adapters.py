@@ -1,0 +1,320 @@
+"""Saved, loaded, several side by side, switched, deleted, merged, copied: difference 0."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.utils import get_peft_model_state_dict
+from rlora_helpers import (
+    KINDS,
+    METHODS,
+    STRICT,
+    adapt,
+    adapter_tensors,
+    evaluated,
+    layers_of,
+    perturb,
+    relative,
+    same_tensors,
+    snapshot,
+    train,
+)
+from safetensors.torch import load_file
+
+from rlora_min import RLoraConfig
+
+pytestmark = STRICT
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_and_loaded_on_a_fresh_base_it_is_the_same_model(
+    kind, method, low_cpu_mem_usage, tmp_path
+):
+    inputs = kind.inputs()
+    odd = dict(lora_alpha=3, r=3, use_rslora=method != "hydralora", init_seed=4)
+    model = adapt(kind.base(), kind.targets, **METHODS[method] | odd)
+    train(model, [kind.inputs(seed) for seed in range(2)])
+    perturb(model)
+    expected = evaluated(model, inputs)
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    torch.manual_seed(99)
+    loaded = PeftModel.from_pretrained(kind.base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(evaluated(loaded, inputs), expected)
+    assert same_tensors(adapter_tensors(loaded), adapter_tensors(model))
+    assert loaded.peft_config["default"].scaling == model.peft_config["default"].scaling
+    assert not any(p.requires_grad for p in loaded.parameters())
+    scales = {layer.configs["default"].scaling for layer in layers_of(loaded)}
+    assert scales == {model.peft_config["default"].scaling}
+
+
+def test_the_file_holds_every_tensor_of_the_adapter_and_no_other(kind, tmp_path):
+    model = perturb(adapt(kind.base(), kind.targets))
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    own = {k.replace(".default", ""): v for k, v in adapter_tensors(model).items()}
+    assert same_tensors(saved, own)
+    assert {k.rpartition(".rlora_")[2] for k in saved} == {
+        "A.weight",
+        "B.weight",
+        "router.weight",
+        "A0",
+        "B0",
+    }
+
+
+def test_every_setting_survives_the_file(tmp_path):
+    settings = dict(r=2, num_heads=5, lora_alpha=7, lora_dropout=0.25, use_rslora=False)
+    settings |= dict(init_heads="centered", gamma=9, dropout_on="input", router="mean")
+    settings |= dict(router_init="kaiming", init_weights=False, init_seed=11, bias="all")
+    config = RLoraConfig(target_modules=["0", "2"], **settings)
+    config.save_pretrained(tmp_path)
+    for read in (RLoraConfig, PeftConfig):
+        back = read.from_pretrained(tmp_path)
+        assert type(back) is RLoraConfig and back.peft_type == "RLORA"
+        assert {k: getattr(back, k) for k in settings} == settings
+        assert set(back.target_modules) == {"0", "2"}
+
+
+def test_training_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path):
+    kind = KINDS["llama"]
+    batches = [kind.inputs(seed) for seed in range(4)]
+    model = adapt(kind.base(), kind.targets, lora_dropout=0)
+    train(model, batches[:2])
+    model.save_pretrained(tmp_path)
+    resumed = PeftModel.from_pretrained(kind.base(), tmp_path, is_trainable=True)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in resumed.named_parameters() if p.requires_grad} == trained
+    train(model, batches[2:])
+    train(resumed, batches[2:])
+    assert same_tensors(snapshot(model), snapshot(resumed))
+
+
+@pytest.mark.parametrize("second", ["mlora", "centered", "lora"])
+def test_adapters_side_by_side_are_switched_added_up_and_deleted(kind, second, tmp_path):
+    inputs = kind.inputs()
+    alone = {}
+    for name, method, seed in (("one", "rlora", 3), ("two", second, 4)):
+        model = perturb(adapt(kind.base(), kind.targets, name, **METHODS[method]), name, seed)
+        alone[name] = evaluated(model, inputs)
+        model.save_pretrained(tmp_path)
+
+    base = kind.base()
+    expected = evaluated(base, inputs)
+    model = PeftModel.from_pretrained(base, tmp_path / "one", "one")
+    model.load_adapter(tmp_path / "two", "two")
+    assert model.active_adapters == ["one"]
+    for name in ("one", "two", "one"):
+        model.set_adapter(name)
+        assert torch.equal(evaluated(model, inputs), alone[name])
+        trains = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trains and all(f".{name}." in n for n in trains)
+    with model.disable_adapter():
+        assert torch.equal(evaluated(model, inputs), expected)
+
+    model.base_model.set_adapter(["one", "two"])
+    both = evaluated(model, inputs)
+    for output in (*alone.values(), expected):
+        assert relative(both - output, both) > 1e-3
+    if kind.targets == ("0", "2"):  # one layer alone, so that the sum can be taken outside
+        first, x = layers_of(model)[0], inputs
+        start = first.base_layer(x)
+        parts = []
+        for name in ("one", "two"):
+            model.set_adapter(name)
+            parts.append(first(x) - start)
+        model.base_model.set_adapter(["one", "two"])
+        assert torch.allclose(first(x), start + sum(parts), atol=1e-5)
+
+    model.set_adapter("two")
+    model.delete_adapter("one")
+    assert torch.equal(evaluated(model, inputs), alone["two"])
+    assert list(model.peft_config) == ["two"] and not adapter_tensors(model, "one")
+    assert all(set(layer.configs) == {"two"} for layer in layers_of(model))
+    model.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(kind.base(), tmp_path / "again" / "two")
+    assert torch.equal(evaluated(again, inputs), alone["two"])
+
+
+def test_an_adapter_of_other_layers_leaves_those_of_the_first_alone():
+    kind = KINDS["sequential"]
+    inputs = kind.inputs()
+    model = perturb(adapt(kind.base(), ["0"], "one"), "one")
+    one = evaluated(model, inputs)
+    model.add_adapter("two", RLoraConfig(target_modules=["2"], r=2))
+    perturb(model, "two")
+    assert torch.equal(evaluated(model, inputs), one)
+    model.set_adapter("two")
+    alone = perturb(adapt(kind.base(), ["2"], "two", r=2), "two")
+    alone.load_state_dict(adapter_tensors(model, "two"), strict=False)
+    assert torch.equal(evaluated(model, inputs), evaluated(alone, inputs))
+
+
+@pytest.mark.parametrize("method", ["mlora", "lora"])
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merged_without_a_router_it_is_the_same_function(kind, method, safe_merge):
+    inputs = kind.inputs()
+    model = perturb(adapt(kind.base(), kind.targets, **METHODS[method]))
+    expected = evaluated(model, inputs)
+    assert relative(evaluated(kind.base(), inputs) - expected, expected) > 1e-3
+    merged = model.merge_and_unload(safe_merge=safe_merge)
+    assert layers_of(merged) == []
+    assert relative(evaluated(merged, inputs) - expected, expected) < 1e-5
+    assert merged.state_dict().keys() == kind.base().state_dict().keys()
+
+
+@pytest.mark.parametrize("method", ["mlora", "lora"])
+def test_merging_three_times_is_merging_once(kind, method):
+    inputs = kind.inputs()
+    model = perturb(adapt(kind.base(), kind.targets, **METHODS[method]))
+    before, expected = snapshot(model), evaluated(model, inputs)
+    model.merge_adapter()
+    once, merged = snapshot(model), evaluated(model, inputs)
+    assert relative(merged - expected, expected) < 1e-5 and not same_tensors(once, before)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="already merged"):
+            model.merge_adapter()
+        assert same_tensors(snapshot(model), once)
+    for _ in range(3):
+        model.unmerge_adapter()
+        model.merge_adapter()
+    again = snapshot(model)
+    assert all(torch.allclose(t, again[k], rtol=1e-5, atol=1e-6) for k, t in once.items())
+    model.unmerge_adapter()
+    assert all(torch.allclose(t, before[k], atol=1e-5) for k, t in snapshot(model).items())
+    assert relative(evaluated(model, inputs) - expected, expected) < 1e-5
+
+
+def test_two_merged_adapters_add_up_and_come_off_by_one_call():
+    kind = KINDS["gpt2"]
+    inputs = kind.inputs()
+    model = perturb(adapt(kind.base(), kind.targets, "one", router="mean"), "one", 3)
+    settings = dict(router="mean", r=2, init_heads="centered")
+    model.add_adapter("two", RLoraConfig(target_modules=list(kind.targets), **settings))
+    perturb(model, "two", 4)
+    model.base_model.set_adapter(["one", "two"])
+    before, expected = snapshot(model), evaluated(model, inputs)
+    model.merge_adapter()
+    assert relative(evaluated(model, inputs) - expected, expected) < 1e-5
+    model.unmerge_adapter()
+    assert all(torch.allclose(t, before[k], atol=1e-5) for k, t in snapshot(model).items())
+
+    model.merge_adapter(["one"])
+    with pytest.warns(UserWarning, match="additionally merging two"):
+        model.merge_adapter(["one", "two"])
+    assert relative(evaluated(model, inputs) - expected, expected) < 1e-5
+    with model.disable_adapter():  # PEFT's meaning: what is disabled is not merged either
+        base = evaluated(kind.base(), inputs)
+        assert relative(evaluated(model, inputs) - base, base) < 1e-5
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_softmax_router_refuses_to_merge_and_points_to_export_lora(kind, call):
+    model = perturb(adapt(kind.base(), kind.targets))
+    before, expected = snapshot(model), evaluated(model, kind.inputs())
+    with pytest.raises(ValueError, match="'default' can't be merged.*softmax.*export_lora"):
+        getattr(model, call)()
+    assert same_tensors(snapshot(model), before)
+    assert torch.equal(evaluated(model, kind.inputs()), expected)
+
+
+def test_one_adapter_that_routes_keeps_every_layer_from_being_merged():
+    kind = KINDS["sequential"]
+    model = perturb(adapt(kind.base(), ["0"], "flat", router="mean"), "flat")
+    model.add_adapter("routed", RLoraConfig(target_modules=["2"]))
+    model.base_model.set_adapter(["flat", "routed"])
+    before, expected = snapshot(model), evaluated(model, kind.inputs())
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="'routed' can't be merged"):
+            merge()
+        assert same_tensors(snapshot(model), before)
+        assert torch.equal(evaluated(model, kind.inputs()), expected)
+
+
+def test_a_safe_merge_refuses_what_is_not_finite():
+    kind = KINDS["sequential"]
+    model = adapt(kind.base(), kind.targets, router="mean")
+    layer = layers_of(model)[0]
+    layer.rlora_B["default"].weight.data[0, 0] = torch.nan
+    before = snapshot(layer.base_layer)
+    with pytest.raises(ValueError, match="NaNs or infinities"):
+        model.merge_adapter(safe_merge=True)
+    assert same_tensors(snapshot(layer.base_layer), before) and not layer.merged
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_the_same_model_and_lives_on_its_own(kind, copied):
+    inputs = kind.inputs()
+    model = perturb(adapt(kind.base(), kind.targets))
+    expected = evaluated(model, inputs)
+    twin = copied(model)
+    assert torch.equal(evaluated(twin, inputs), expected)
+    train(twin, [inputs])
+    assert not torch.equal(evaluated(twin, inputs), expected)
+    assert torch.equal(evaluated(model, inputs), expected)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "rlora_only"])
+def test_biases_and_whole_modules_are_trained_and_saved_as_peft_means_it(bias, tmp_path):
+    kind = KINDS["sequential"]
+    inputs = kind.inputs()
+    settings = dict(bias=bias, modules_to_save=["4"])
+    model = adapt(kind.base(), kind.targets, **settings)
+    train(model, [kind.inputs(seed) for seed in range(3)])
+    names = {n for n, p in model.named_parameters() if p.requires_grad and "rlora_" not in n}
+    prefix = "base_model.model."
+    wanted = {f"{prefix}4.modules_to_save.default.{part}" for part in ("weight", "bias")}
+    if bias != "none":
+        wanted |= {f"{prefix}{layer}.base_layer.bias" for layer in "02"}
+    assert names - {f"{prefix}4.original_module.bias"} == wanted
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(kind.base(), tmp_path)
+    assert torch.equal(evaluated(loaded, inputs), evaluated(model, inputs))
+
+
+def test_layers_to_transform_and_exclude_modules_mean_what_they_mean_in_peft():
+    kind = KINDS["llama"]
+    first = adapt(kind.base(layers=3), ["q_proj"], layers_to_transform=[0, 2])
+    assert {k.split(".")[4] for k in adapter_tensors(first)} == {"0", "2"}
+    named = adapt(kind.base(layers=3), ["q_proj"], layers_to_transform=1, layers_pattern=["layers"])
+    assert {k.split(".")[4] for k in adapter_tensors(named)} == {"1"}
+    config = dict(exclude_modules=r".*\.0\.self_attn\..*")
+    assert {k.split(".")[4] for k in adapter_tensors(adapt(kind.base(), ["q_proj"], **config))} == {
+        "1"
+    }
+
+
+def test_targets_may_be_a_pattern_all_linear_layers_or_pefts_choice_for_the_architecture():
+    kind = KINDS["llama"]
+
+    def targets(wanted):
+        model = get_peft_model(kind.base(), RLoraConfig(target_modules=wanted))
+        return {k.split(".rlora_")[0].rpartition(".")[2] for k in adapter_tensors(model)}
+
+    assert targets(r".*\.(up|down)_proj") == {"up_proj", "down_proj"}
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert targets("all-linear") == linear
+    assert targets(None) == {"q_proj", "v_proj"}
+
+
+def test_injected_without_a_peft_model_it_is_the_same_adapter():
+    kind = KINDS["llama"]
+    wrapped = perturb(adapt(kind.base(), kind.targets))
+    state = get_peft_model_state_dict(wrapped)
+    injected = inject_adapter_in_model(RLoraConfig(target_modules=list(kind.targets)), kind.base())
+    result = set_peft_model_state_dict(injected, state)
+    assert not result.unexpected_keys
+    inputs = kind.inputs()
+    assert torch.equal(evaluated(injected, inputs), evaluated(wrapped, inputs))
