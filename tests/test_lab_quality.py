@@ -158,6 +158,9 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stopped = json.loads((tmp_path / "killed.json").read_text())
     assert not stopped["complete"] and [r["method"] for r in stopped["records"]] == ["rlora"]
 
+    with pytest.raises(LabError, match="another batch"):  # its checkpoints would not fit
+        Quality(*what, **options | {"batch": 8}, out=tmp_path / "killed.json")
+
     steps = []
 
     def watched(*args, on_step, **kwargs):

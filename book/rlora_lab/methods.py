@@ -27,6 +27,7 @@ from rlora_min import RLoraConfig
 
 from .bases import Base
 from .errors import LabError
+from .training import Suite
 
 _HYDRA = {"init_heads": "zeros", "dropout_on": "input", "router_init": "kaiming"}
 _SETTINGS = {
@@ -99,7 +100,7 @@ def adapter_config(
     return RLoraConfig(r=r, num_heads=num_heads, init_seed=init_seed, **_SETTINGS[method], **shared)
 
 
-def adapt(method: str, base: Base, suite, *, seed: int, **settings) -> PeftModel:
+def adapt(method: str, base: Base, suite: Suite, *, seed: int, **settings) -> PeftModel:
     """The base, made ready for a suite, with a fresh adapter in it.
 
     `seed` decides all that is drawn; `settings` are those of `adapter_config`. The adapter goes

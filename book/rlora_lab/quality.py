@@ -21,12 +21,12 @@ from .methods import METHODS, adapt, count_trainable, rlora_size, target_shapes
 from .record import environment, write_result
 from .sentences import Sentences
 from .tasks import Synthetic
-from .training import train
+from .training import Suite, train
 
 SUITES = ("synthetic", "sentences")
 
 
-def load_suite(name: str, base: Base) -> Synthetic | Sentences:
+def load_suite(name: str, base: Base) -> Suite:
     """The suite by name, for a base that fits it."""
     if name not in SUITES:
         raise LabError(f"unknown suite {name!r}: allowed are {', '.join(SUITES)}")
@@ -228,6 +228,7 @@ class Quality:
         """Do what is not done yet, and return the result, complete."""
         wanted = [(m, s, lr) for m in self.methods for lr in self.lrs for s in self.seeds]
         missing = [key for key in wanted if self._record(*key) is None]
+        write_result(self.out, self.result)  # from now on no other run may use the file
         columns = TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn()
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             bar = progress.add_task("training", total=len(missing) * self.steps)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from .bases import Base
 from .errors import LabError
 
 LETTERS = "abcdefgh"
@@ -121,7 +122,7 @@ class Synthetic:
             if task not in _ALL:
                 raise LabError(f"unknown task {task!r}: one of {', '.join(_ALL)}")
 
-    def model(self, base: "Base") -> nn.Module:  # noqa: F821
+    def model(self, base: Base) -> nn.Module:
         """What the adapter goes into: the base itself."""
         return base.model
 

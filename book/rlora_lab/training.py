@@ -3,12 +3,40 @@
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from .bases import Base
+
+
+class Suite(Protocol):
+    """Tasks to train on and to measure: `tasks.Synthetic`, `sentences.Sentences`."""
+
+    name: str
+    tasks: tuple[str, ...]
+    metrics: tuple[str, ...]
+    """The first is the one to choose by."""
+    default_lr: float
+    default_batch: int
+    modules_to_save: list[str] | None
+    """Parts of the model beside the adapter that are trained, for PEFT."""
+    provenance: dict
+    """Where the data came from, for the record."""
+    collate: Callable | None
+
+    def model(self, base: Base) -> nn.Module:
+        """What the adapter goes into."""
+
+    def training_set(self, size: int, seed: int) -> Sequence[dict]:
+        """Training examples, tasks mixed."""
+
+    def score(self, model: nn.Module, split: str) -> dict[str, dict[str, float]]:
+        """`{task: {metric: value}}` in evaluation mode."""
 
 
 class _Report(TrainerCallback):
@@ -34,7 +62,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 def train(
     model: nn.Module,
-    suite,
+    suite: Suite,
     *,
     steps: int,
     lr: float | None = None,
