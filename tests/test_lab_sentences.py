@@ -14,7 +14,7 @@ from lab_helpers import bert_folder, llama_folder, sentences_folder  # noqa: F40
 from rlora_lab import sentences
 from rlora_lab.bases import Base, load_base
 from rlora_lab.errors import LabError
-from rlora_lab.methods import adapt, count_trainable
+from rlora_lab.methods import adapt, count_trainable, equal_lora_rank, target_shapes
 from rlora_lab.sentences import HUB, Sentences
 from rlora_lab.training import train
 
@@ -72,6 +72,20 @@ def test_each_task_has_its_own_softmax(
         others = model.owner != batch["task"][i]
         assert (output["logits"][i, others] == -torch.inf).all()
     torch.testing.assert_close(output["loss"], torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("folder", ["bert_folder", "llama_folder"])
+def test_lora_has_its_size_under_the_classifier(
+    folder: str,
+    request: pytest.FixtureRequest,
+    sentences_folder: Path,  # noqa: F811
+):
+    base = load_base(str(request.getfixturevalue(folder)))
+    shapes = target_shapes(base).values()
+    size = sum(equal_lora_rank(i, o, 4, 3) * (i + o) for i, o in shapes)
+    assert len({equal_lora_rank(*shape, 4, 3) for shape in shapes}) > 1
+    model = adapt("lora", base, Sentences(base), seed=0)
+    assert count_trainable(model) == (size, 7 * 32 + 7)
 
 
 def test_minilm_learns_the_fixture(sentences_folder: Path):  # noqa: F811

@@ -41,10 +41,14 @@ METHODS = ("lora", *_SETTINGS)
 
 
 def target_shapes(base: Base) -> dict[str, tuple[int, int]]:
-    """`{module path: (d_in, d_out)}` of the base's MLP projections."""
+    """`{module path: (d_in, d_out)}` of the base's MLP projections.
+
+    The paths begin at the blocks' own model, below any head for language, so they are endings of
+    the paths in whatever wraps it.
+    """
     return {
         path: (module.in_features, module.out_features)
-        for path, module in base.model.named_modules()
+        for path, module in base.model.base_model.named_modules()
         if re.fullmatch(base.targets, path)
     }
 
