@@ -198,6 +198,14 @@ def test_an_adapter_that_is_gone(tmp_path: Path):
         Quality("tiny", "synthetic", ["rlora"], lrs=[4e-3, 1e-3], **options).run(QUIET)
 
 
+def test_one_head_has_no_similarity(tmp_path: Path):
+    options = {"seeds": 1, "steps": 1, "batch": 4, "out": tmp_path / "a.json"}
+    settings = {"num_heads": 1, "r": 2, "lora_dropout": 0.0}
+    result = Quality("tiny", "synthetic", ["rlora"], settings=settings, **options).run(QUIET)
+    assert result["records"][0]["similarity"] is None and "one head" in screen(result)
+    assert result["command"].endswith("--batch 4 --r 2 --num-heads 1 --lora-dropout 0.0")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -173,7 +173,7 @@ class Quality:
         )
         seconds = time.monotonic() - start
         similarity = None
-        if method != "lora":
+        if method != "lora" and self.settings["num_heads"] > 1:
             similarity = {
                 "heads": mean_similarity(model),
                 "change": mean_similarity(model, initial),
@@ -195,7 +195,7 @@ class Quality:
             }
         )
         write_result(self.out, self.result)
-        shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _score(self, method: str, seed: int, lr: float, split: str) -> dict:
         """The scores of a recorded adapter on a split: loaded into a fresh base, if not done."""
@@ -248,7 +248,14 @@ class Quality:
         return self.result
 
 
-def _check(methods, seeds, steps, lrs, batch, settings) -> None:
+def _check(
+    methods: Sequence[str],
+    seeds: int,
+    steps: int,
+    lrs: Sequence[float] | None,
+    batch: int | None,
+    settings: dict,
+) -> None:
     for method in methods:
         if method not in METHODS:
             raise LabError(f"unknown method {method!r}: allowed are {', '.join(METHODS)}")

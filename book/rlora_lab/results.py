@@ -7,7 +7,9 @@ A result is a dictionary, one JSON file a run, as `rlora_lab.quality` writes it:
     tasks, metrics, methods, seeds, chosen (the learning rate of each method), complete
     rlora_parameters    the size that every method comes as close to as it can
     records     one for each method, seed and learning rate: method, seed, learning_rate,
-                adapter_parameters, other_parameters, seconds, loss, similarity, validation, test
+                adapter_parameters, other_parameters, seconds (of training, since its last start),
+                loss (at up to 50 points), similarity (mean cosine of the heads, and of their
+                change), validation and test ({task: {metric: value}}, or null where not asked)
 """
 
 import json
