@@ -49,8 +49,8 @@ def qwen2() -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=1, **sizes))
 
 
-def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=VOCABULARY))
+def gpt2(layers: int = 2) -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=layers, n_head=2, vocab_size=VOCABULARY))
 
 
 def bert() -> PreTrainedModel:

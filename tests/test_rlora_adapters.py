@@ -230,19 +230,6 @@ def test_a_softmax_router_refuses_to_merge_and_points_to_export_lora(kind, call)
     assert torch.equal(evaluated(model, kind.inputs()), expected)
 
 
-def test_one_adapter_that_routes_keeps_every_layer_from_being_merged():
-    kind = KINDS["sequential"]
-    model = perturb(adapt(kind.base(), ["0"], "flat", router="mean"), "flat")
-    model.add_adapter("routed", RLoraConfig(target_modules=["2"]))
-    model.base_model.set_adapter(["flat", "routed"])
-    before, expected = snapshot(model), evaluated(model, kind.inputs())
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="'routed' can't be merged"):
-            merge()
-        assert same_tensors(snapshot(model), before)
-        assert torch.equal(evaluated(model, kind.inputs()), expected)
-
-
 def test_a_safe_merge_refuses_what_is_not_finite():
     kind = KINDS["sequential"]
     model = adapt(kind.base(), kind.targets, router="mean")
