@@ -92,9 +92,9 @@ class RLoraConfig(peft.PeftConfig):
             raise ValueError("layers_pattern needs layers_to_transform.")
 
     @classmethod
-    def from_pretrained(cls, path, subfolder: str | None = None, **kwargs) -> "RLoraConfig":
-        config = super().from_pretrained(path, subfolder=subfolder, **kwargs)
-        file = os.path.join(path, subfolder or "", "adapter_model.safetensors")
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        file = f"{pretrained_model_name_or_path}/{subfolder or '.'}/adapter_model.safetensors"
         try:  # PEFT reads it after it has changed the model
             safetensors.safe_open(file, "pt") if os.path.isfile(file) else None
         except safetensors.SafetensorError as error:
