@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from rlora_helpers import (
     KINDS,
@@ -310,3 +310,28 @@ def test_a_module_to_save_that_is_missing_is_pefts_key_error_before_anything_is_
     with pytest.raises(KeyError, match=f"base_model.model.4.{part}"):
         model.load_adapter(tmp_path, "theirs")
     assert torch.equal(evaluated(model, SEQUENTIAL.inputs()), before)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize(
+    ("name", "task"), [("bert", TaskType.SEQ_CLS), ("llama", TaskType.CAUSAL_LM)]
+)
+def test_a_refused_checkpoint_of_a_task_leaves_the_head_and_the_base_as_they_were(
+    name, task, is_trainable, tmp_path
+):
+    kind = KINDS[name]
+    model = perturb(adapt(kind.base(), kind.targets, task_type=task))
+    model.save_pretrained(tmp_path)
+    good = load_file(tmp_path / FILE)
+    last = [k for k in good if ".rlora_B." in k][-1]
+    rewrite(tmp_path, spoilt(last, torch.nan))
+    base = kind.base()
+    before, expected = anatomy(base), evaluated(base, kind.inputs())
+    with pytest.raises(ValueError, match="rlora_B") as caught:
+        PeftModel.from_pretrained(base, tmp_path, is_trainable=is_trainable)
+    assert named(caught.value, last)
+    assert_unchanged(base, before)
+    assert torch.equal(evaluated(base, kind.inputs()), expected)
+    save_file(good, tmp_path / FILE)
+    loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=is_trainable)
+    assert torch.equal(evaluated(loaded, kind.inputs()), evaluated(model, kind.inputs()))

@@ -276,12 +276,16 @@ def test_the_router_starts_at_zero_or_kaiming_as_released():
     assert t["router"].std().item() == pytest.approx(0.1 / 3**0.5, rel=0.06)
 
 
-def test_without_init_weights_every_method_starts_off_the_base():
-    for init_heads in ("random", "centered", "zeros"):
-        model, layer = one_layer(init_weights=False, init_heads=init_heads, perturbed=False)
-        x = torch.randn(3, 6, dtype=torch.float64)
-        assert relative(model(x) - layer.base_layer(x), layer.base_layer(x)) > 1e-2
-        assert tensors_of(layer)["router"].any()
+@pytest.mark.parametrize("init_heads", ["random", "centered", "zeros"])
+def test_without_init_weights_nothing_is_zeroed_centred_or_subtracted(init_heads):
+    model, layer = one_layer(init_weights=False, init_heads=init_heads, perturbed=False)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert relative(model(x) - layer.base_layer(x), layer.base_layer(x)) > 1e-2
+    t = tensors_of(layer)
+    assert t["router"].any() and t["B"].any()
+    assert t["B"].unflatten(1, (3, 4)).mean(1).abs().max() > 1e-3
+    if init_heads == "random":  # the pair is there, as the checkpoint has it, and takes nothing off
+        assert not t["A0"].any() and not t["B0"].any()
 
 
 @pytest.mark.parametrize("N", [2, 3])

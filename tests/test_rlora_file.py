@@ -1,13 +1,18 @@
 """The module is one short file that needs torch and peft alone."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+from rlora_helpers import STRICT, adapt, layers_of
+from torch import nn
+
 import rlora_min
 from rlora_min import rlora
 
+pytestmark = STRICT
 SOURCE = Path(rlora.__file__)
 # torch and peft, and what peft itself requires and is built on.
 ALLOWED = {"torch", "peft", "transformers", "safetensors"}
@@ -41,18 +46,24 @@ def test_it_imports_torch_and_peft_and_what_these_bring():
     assert packages - sys.stdlib_module_names <= ALLOWED
 
 
-def test_importing_it_is_enough_to_register_the_tuner_and_imports_nothing_of_the_book():
+def test_in_a_new_process_importing_it_is_enough_and_a_seed_draws_the_same_adapter():
     code = """
 import sys
 import rlora_min
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import nn
 assert PEFT_TYPE_TO_CONFIG_MAPPING["RLORA"] is rlora_min.RLoraConfig
 assert PEFT_TYPE_TO_TUNER_MAPPING["RLORA"] is rlora_min.RLoraModel
 assert PEFT_TYPE_TO_PREFIX_MAPPING["RLORA"] == "rlora_"
 assert not {"rlora_lab", "matplotlib"} & sys.modules.keys()
+config = rlora_min.RLoraConfig(target_modules=["0"], init_seed=7)
+model = get_peft_model(nn.Sequential(nn.Linear(3, 4)), config)
+print(model.base_model.model[0].rlora_A["default"].weight.tolist())
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    model = adapt(nn.Sequential(nn.Linear(3, 4)), ["0"], init_seed=7)
+    assert json.loads(run.stdout) == layers_of(model)[0].rlora_A["default"].weight.tolist()
 
 
 def test_every_public_name_says_what_it_is():

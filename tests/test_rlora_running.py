@@ -23,6 +23,7 @@ from rlora_helpers import (
     train,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlora_min import RLoraConfig
 
@@ -84,12 +85,28 @@ def test_without_autocast_adapters_take_the_bases_dtype():
     train(model, [kind.inputs(seed) for seed in range(2)])
 
 
+class Softmaxes(TorchDispatchMode):
+    """Notes the type of what every softmax is taken of."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "softmax" in str(func):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_softmax_is_taken_in_fp32_also_for_bf16_adapters():
     layer = layers_of(adapt(nn.Sequential(nn.Linear(4, 4).to(BF16)), ["0"], num_heads=5))[0]
     layer._move_adapter_to_device_of_base_layer("default", rounded=True)
-    with torch.no_grad():
+    x = torch.randn(100, 4, dtype=BF16)
+    with torch.no_grad(), Softmaxes() as softmaxes:
         layer.rlora_router["default"].weight.normal_()
-    g = layer.routing(torch.randn(100, 4, dtype=BF16))
+        layer(x)
+        g = layer.routing(x)
+    assert softmaxes.dtypes == [torch.float32] * 2
     assert g.dtype == torch.float32
     assert (g.sum(-1) - 1).abs().max() < 1e-6  # bf16 alone would be off by 1e-3
 
