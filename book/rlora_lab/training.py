@@ -79,7 +79,7 @@ def train(
 
     Args:
         lr, batch: the suite's defaults, where None.
-        folder: keeps a checkpoint each `save_steps` steps, and the next call with the same folder
+        folder: keeps a checkpoint about each `save_steps` steps, and the next call with the same folder
             goes on from the last of them. None keeps nothing.
         on_step: called with the number of steps done.
 
@@ -88,6 +88,9 @@ def train(
     """
     lr = suite.default_lr if lr is None else lr
     batch = suite.default_batch if batch is None else batch
+    report = max(1, steps // 50)
+    # A checkpoint between two reports would lose a part of the loss of the second.
+    save_steps = max(report, save_steps - save_steps % report)
     with tempfile.TemporaryDirectory() as nothing:
         trainer = Trainer(
             model,
@@ -103,7 +106,7 @@ def train(
                 save_strategy="steps" if folder else "no",
                 save_steps=save_steps,
                 save_total_limit=1,
-                logging_steps=max(1, steps // 50),
+                logging_steps=report,
                 remove_unused_columns=False,
                 dataloader_pin_memory=torch.cuda.is_available(),
                 disable_tqdm=True,
