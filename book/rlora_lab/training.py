@@ -79,8 +79,8 @@ def train(
 
     Args:
         lr, batch: the suite's defaults, where None.
-        folder: keeps a checkpoint about each `save_steps` steps, and the next call with the same folder
-            goes on from the last of them. None keeps nothing.
+        folder: keeps a checkpoint about each `save_steps` steps, and the next call with the same
+            folder goes on from the last of them. None keeps nothing.
         on_step: called with the number of steps done.
 
     Returns:
