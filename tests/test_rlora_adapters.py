@@ -296,11 +296,14 @@ def test_targets_may_be_a_pattern_all_linear_layers_or_pefts_choice_for_the_arch
     assert targets(None) == {"q_proj", "v_proj"}
 
 
-def test_injected_without_a_peft_model_it_is_the_same_adapter():
-    kind = KINDS["llama"]
-    wrapped = perturb(adapt(kind.base(), kind.targets))
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_injected_without_a_peft_model_it_is_the_same_adapter(bias):
+    kind = KINDS["gpt2"]
+    wrapped = perturb(adapt(kind.base(), kind.targets, bias=bias))
+    train(wrapped, [kind.inputs()])
     state = get_peft_model_state_dict(wrapped)
-    injected = inject_adapter_in_model(RLoraConfig(target_modules=list(kind.targets)), kind.base())
+    config = RLoraConfig(target_modules=list(kind.targets), bias=bias)
+    injected = inject_adapter_in_model(config, kind.base())
     result = set_peft_model_state_dict(injected, state)
     assert not result.unexpected_keys
     inputs = kind.inputs()

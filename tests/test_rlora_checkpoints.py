@@ -180,6 +180,22 @@ def test_a_spoilt_checkpoint_over_an_adapter_leaves_that_adapter(case, tmp_path)
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_spoilt_checkpoint_over_an_adapter_from_a_file_leaves_that_adapter(
+    low_cpu_mem_usage, tmp_path
+):
+    expected = save(tmp_path)
+    model = PeftModel.from_pretrained(
+        SEQUENTIAL.base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    before = anatomy(model)
+    rewrite(tmp_path, spoilt(B, torch.nan))
+    with pytest.raises(ValueError, match="default"):
+        model.load_adapter(tmp_path, "default")
+    assert_unchanged(model, before)
+    assert torch.equal(evaluated(model, SEQUENTIAL.inputs()), expected)
+
+
 def test_work_on_an_adapter_made_from_a_saved_config_is_not_lost_to_a_spoilt_checkpoint(tmp_path):
     """Only an adapter that was injected for this very load may go again."""
     save(tmp_path)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlora_helpers import STRICT, adapt, adapter_tensors, layers_of, perturb, relative
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from rlora_min import RLoraConfig
@@ -381,10 +382,35 @@ def test_the_router_and_the_side_pair_see_the_input_undropped(dropout_on):
     assert relative(layer.routing(x) - z.softmax(-1), z) < EXACT
 
 
-def test_no_head_output_is_kept_for_the_backward():
+class Products(TorchDispatchMode):
+    """Counts matrix products, by any name that ATen has for them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.count += name in ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("router", ["softmax", "mean"])
+@pytest.mark.parametrize("init_heads", ["random", "centered"])
+@pytest.mark.parametrize("N", [1, 2, 7])
+def test_beside_the_base_there_is_one_product_down_and_one_up_however_many_heads(
+    init_heads, router, N
+):
+    model, _ = one_layer(num_heads=N, init_heads=init_heads, router=router)
+    model.train()
+    with Products() as products:
+        model(torch.randn(4, 6, dtype=torch.float64))
+    assert products.count == 3
+
+
+@pytest.mark.parametrize("init_heads", ["random", "centered"])
+def test_no_head_output_is_kept_for_the_backward(init_heads):
     """The packed form: of the tensors kept, none has N outputs a token."""
     tokens, d_in, d_out, N, r = 64, 16, 48, 8, 2
-    model, _ = one_layer(d_in, d_out, num_heads=N, r=r, dtype=torch.float32)
+    model, _ = one_layer(d_in, d_out, num_heads=N, r=r, dtype=torch.float32, init_heads=init_heads)
     kept = []
 
     def pack(tensor):

@@ -180,6 +180,8 @@ def test_biases_and_modules_to_save_go_along(bias, tmp_path):
     train(model, [SEQUENTIAL.inputs(seed) for seed in range(4)])
     error = export_lora(model, tmp_path, batch=inputs)
     loaded = as_lora(SEQUENTIAL, tmp_path)
+    assert loaded.peft_config["default"].bias == bias.replace("rlora", "lora")
+    assert loaded.peft_config["default"].modules_to_save == ["4"]
     assert_true_error(error, evaluated(model, inputs), evaluated(loaded, inputs))
     state = loaded.state_dict()
     saved = {k for k in model.state_dict() if "rlora" not in k}
