@@ -152,13 +152,14 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: RLoraConfig, path: str) -> None:
         """Adds an adapter, drawn on the CPU; `path` is the module's name in the base model."""
         self.configs[adapter_name], r, N = config, config.r, config.num_heads
-        self.rlora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
-        self.rlora_B[adapter_name] = nn.Linear(N * r, self.out_features, bias=False)
-        if config.router == "softmax":
-            self.rlora_router[adapter_name] = nn.Linear(self.in_features, N, bias=False)
-        if config.init_heads == "random":  # real even where PEFT puts parameters on the meta device
-            self.rlora_A0[adapter_name] = torch.zeros(r, self.in_features)
-            self.rlora_B0[adapter_name] = torch.zeros(self.out_features, r)
+        with torch.device("meta" if self.weight.device.type == "meta" else "cpu"):
+            self.rlora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
+            self.rlora_B[adapter_name] = nn.Linear(N * r, self.out_features, bias=False)
+            if config.router == "softmax":
+                self.rlora_router[adapter_name] = nn.Linear(self.in_features, N, bias=False)
+            if config.init_heads == "random":  # real even where PEFT makes parameters on meta
+                self.rlora_A0[adapter_name] = torch.zeros(r, self.in_features)
+                self.rlora_B0[adapter_name] = torch.zeros(self.out_features, r)
         if not self.rlora_A[adapter_name].weight.is_meta:  # else a checkpoint follows
             self._draw(adapter_name, config, path)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -193,8 +194,7 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
             W_r.zero_() if zeros else kaiming(W_r)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None, rounded=False):
-        # PEFT rounds a new adapter to the base's dtype and casts it back. Here the draw stays in
-        # fp32 or more, or A and B would be rounded apart from A0 and Bbar0 and miss the start.
+        # In fp32 or more, unlike PEFT's: A, B rounded apart from A0, Bbar0 would miss the start.
         weight, dtype = self.weight, torch.float32
         if weight.dtype.is_floating_point:
             dtype = weight.dtype if rounded else torch.promote_types(dtype, weight.dtype)

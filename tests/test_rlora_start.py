@@ -124,6 +124,16 @@ def test_the_seed_gives_one_adapter_by_any_way_into_the_model():
     assert same_tensors(adapter_tensors(model), wanted)
 
 
+def test_the_default_device_has_no_say_in_the_draw():
+    """On a GPU a user may set one; the meta device stands in for it, and nothing may land there."""
+    kind = KINDS["sequential"]
+    wanted = adapter_tensors(adapt(kind.base(), kind.targets, init_seed=7))
+    base = kind.base()
+    with torch.device("meta"):
+        model = adapt(base, kind.targets, init_seed=7)
+    assert same_tensors(adapter_tensors(model), wanted)
+
+
 def test_the_seed_is_recorded(tmp_path):
     kind = KINDS["sequential"]
     adapt(kind.base(), kind.targets, init_seed=7).save_pretrained(tmp_path)
