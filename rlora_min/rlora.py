@@ -122,8 +122,9 @@ def _check(adapter_name: str, state: Mapping, checkpoint: Mapping, whole: bool =
 
 def _load_whole(self, state_dict, prefix, *args, **kwargs) -> None:
     # RLoraModel sees all layers before the first is copied; a layer is for models without it.
+    state = self.state_dict(prefix=prefix)
     for name in self.peft_config if isinstance(self, BaseTuner) else self.configs:
-        _check(name, self.state_dict(prefix=prefix), state_dict, whole=False)
+        _check(name, state, state_dict, whole=False)
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
 
@@ -382,19 +383,18 @@ def head_similarity(
     changes B_i - B_i,init. Random heads have cosines near 0 to begin with; a head that is zero, or
     did not change, has cosine 0 with all. ValueError: no such adapter, or not all of it in initial.
     """
-    similarity = {}
+    cosine, known = {}, {k.removeprefix("base_model.model."): t for k, t in (initial or {}).items()}
     for path, layer in _layers(model, adapter_name).items():
         B = layer.rlora_B[adapter_name].weight.detach().double()
         if initial is not None:
-            known = {key.removeprefix("base_model.model."): t for key, t in initial.items()}
             old = known.get(f"{path}.rlora_B.weight", torch.empty(0))
             if old.shape != B.shape:
                 raise ValueError(f"initial has no heads of shape {tuple(B.shape)} for '{path}'.")
             B = B - old.to(B)
         N = layer.configs[adapter_name].num_heads
         heads = F.normalize(B.unflatten(1, (N, -1)).transpose(0, 1).flatten(1))  # (N, d_out r)
-        similarity[path] = (heads @ heads.T).float().cpu()
-    return similarity
+        cosine[path] = (heads @ heads.T).float().cpu()
+    return cosine
 
 
 class record_routing(ExitStack):
