@@ -53,18 +53,24 @@ def _note(axes: Axes, x: float, y: float, text: str, look: dict) -> None:
     axes.text(x, y, text, ha="center", va="center", fontsize=8, color=look["edgecolor"])
 
 
+def _frozen_way(axes: Axes, y: float, box: float, half: float, plus: float) -> None:
+    """The upper way of every layer: x through W0, at `box`, to the sum at `plus`, which is h."""
+    end = axes.get_xlim()[1]
+    axes.text(0.15, y, "$x$", ha="center", va="center", fontsize=11)
+    _arrow(axes, (0.32, y), (box - 0.65, y), text="$(\\ldots, d_\\mathrm{in})$")
+    _box(axes, box, y, "$W_0$", FROZEN, half, half, 1.3)
+    _note(axes, box + 1.05, y + half - 0.08, "frozen", FROZEN)
+    _arrow(axes, (box + 0.65, y), (plus - 0.19, y), text="$(\\ldots, d_\\mathrm{out})$")
+    _circle(axes, plus, y, "+")
+    _arrow(axes, (plus + 0.19, y), (end - 0.3, y))
+    axes.text(end - 0.15, y, "$h$", ha="center", va="center", fontsize=11)
+
+
 def lora_layer() -> Figure:
     """LoRA: x goes through the frozen W0, and through A and B, whose product is scaled by s."""
     figure, axes = _canvas(8.0, 3.0)
     top, low = 2.3, 0.75
-    axes.text(0.15, top, "$x$", ha="center", va="center", fontsize=11)
-    _arrow(axes, (0.32, top), (3.35, top), text="$(\\ldots, d_\\mathrm{in})$")
-    _box(axes, 4.0, top, "$W_0$", FROZEN, 0.5, 0.5, 1.3)
-    _note(axes, 5.05, top + 0.42, "frozen", FROZEN)
-    _arrow(axes, (4.65, top), (6.71, top), text="$(\\ldots, d_\\mathrm{out})$")
-    _circle(axes, 6.9, top, "+")
-    _arrow(axes, (7.09, top), (7.7, top))
-    axes.text(7.85, top, "$h$", ha="center", va="center", fontsize=11)
+    _frozen_way(axes, top, box=4.0, half=0.5, plus=6.9)
 
     _arrow(axes, (0.7, top), (0.7, low), (1.0, low))
     _box(axes, 1.45, low, "Drop", RANDOM, 0.3, 0.3)
@@ -83,14 +89,7 @@ def rlora_layer() -> Figure:
     """R-LoRA with three heads: one A, a mask and a B to each head, a router, and the side pair."""
     figure, axes = _canvas(9.0, 5.3)
     top, middle, router, side = 4.7, 2.9, 1.3, 0.4
-    axes.text(0.15, top, "$x$", ha="center", va="center", fontsize=11)
-    _arrow(axes, (0.32, top), (3.6, top), text="$(\\ldots, d_\\mathrm{in})$")
-    _box(axes, 4.25, top, "$W_0$", FROZEN, 0.4, 0.4, 1.3)
-    _note(axes, 5.3, top + 0.32, "frozen", FROZEN)
-    _arrow(axes, (4.9, top), (7.91, top), text="$(\\ldots, d_\\mathrm{out})$")
-    _circle(axes, 8.1, top, "+")
-    _arrow(axes, (8.29, top), (8.7, top))
-    axes.text(8.85, top, "$h$", ha="center", va="center", fontsize=11)
+    _frozen_way(axes, top, box=4.25, half=0.4, plus=8.1)
 
     _arrow(axes, (0.7, top), (0.7, middle), (1.3, middle))
     _box(axes, 1.75, middle, "$A$", TRAINED, 0.5, 0.2)
