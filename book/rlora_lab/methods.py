@@ -3,18 +3,28 @@
 | name | heads start | dropout sits | router |
 | --- | --- | --- | --- |
 | `lora` | one head, zeros | on x | none |
+| `lora-classic` | the same at scale alpha / r | | |
+| `lora-rank` | the same at R-LoRA's rank, so with fewer parameters | | |
 | `hydralora` | zeros | on x | softmax |
+| `hydralora-own` | the same at alpha / r, with a mask on x for each head | | |
 | `hydralora+dropout` | zeros | on A x, a mask a head | softmax |
 | `hydralora+init` | random | on x | softmax |
+| `one-head` | one head, random | on A x | none |
 | `mlora` | random | on A x, a mask a head | none: heads averaged |
+| `mlora-nodropout` | random | nowhere | none: heads averaged |
+| `rlora-centered` | random, less their mean | on A x, a mask a head | softmax |
 | `rlora` | random | on A x, a mask a head | softmax |
 
-HydraLoRA is in the form that R-LoRA's authors compare with (arXiv 2502.15455, Table 5), M-LoRA is
-arXiv 2508.05078. The measure of size is R-LoRA's A + heads + router at the r and num_heads asked
-for. HydraLoRA and the two ablations have the same. `lora` takes in each module the rank that comes
-closest, and `mlora`, which has no router, one rank for all modules, so both are off by the little
-that `count_trainable` shows. All use alpha / sqrt(r), so the scale of `lora` differs a little from
-module to module.
+`hydralora` is in the form that R-LoRA's authors compare with (arXiv 2502.15455, Table 5), and
+`hydralora-own` in that of its own authors (arXiv 2404.19245); M-LoRA is arXiv 2508.05078.
+`one-head` is the control that separates R-LoRA's two ideas: its random start with the side pair and
+its dropout, without several heads.
+
+The measure of size is R-LoRA's A + heads + router at the r and num_heads asked for. HydraLoRA and
+the ablations with a router have the same. Methods without one take in each module the rank that
+comes closest, so they are off by the little that `count_trainable` shows; `lora-rank` alone is much
+smaller. All but `lora-classic` and `hydralora-own` use alpha / sqrt(r), so where ranks differ from
+module to module, the scale does too.
 """
 
 import re
@@ -28,16 +38,22 @@ from rlora_min import RLoraConfig
 from .bases import Base
 from .errors import LabError
 from .training import Suite
+from .variants import VariantConfig
 
 _HYDRA = {"init_heads": "zeros", "dropout_on": "input", "router_init": "kaiming"}
-_SETTINGS = {
+_LORA = {"lora": {}, "lora-classic": {"use_rslora": False}, "lora-rank": {}}
+_HEADS = {
     "hydralora": _HYDRA,
+    "hydralora-own": _HYDRA | {"use_rslora": False, "mask_per_head": True},
     "hydralora+dropout": _HYDRA | {"dropout_on": "heads"},
     "hydralora+init": {"dropout_on": "input"},
+    "one-head": {"num_heads": 1, "router": "mean"},
     "mlora": {"router": "mean"},
+    "mlora-nodropout": {"router": "mean", "lora_dropout": 0.0},
+    "rlora-centered": {"init_heads": "centered"},
     "rlora": {},
 }
-METHODS = ("lora", *_SETTINGS)
+METHODS = (*_LORA, *_HEADS)
 
 
 def target_shapes(base: Base) -> dict[str, tuple[int, int]]:
@@ -58,15 +74,14 @@ def rlora_size(d_in: int, d_out: int, r: int, num_heads: int) -> int:
     return r * d_in + num_heads * r * d_out + num_heads * d_in
 
 
+def equal_rank(d_in: int, d_out: int, r: int, num_heads: int, heads: int) -> int:
+    """The rank whose A + `heads` heads, without a router, come closest to `rlora_size`; >= 1."""
+    return max(1, round(rlora_size(d_in, d_out, r, num_heads) / (d_in + heads * d_out)))
+
+
 def equal_lora_rank(d_in: int, d_out: int, r: int, num_heads: int) -> int:
     """The LoRA rank whose A + B comes closest to `rlora_size`, at least 1."""
-    return max(1, round(rlora_size(d_in, d_out, r, num_heads) / (d_in + d_out)))
-
-
-def equal_mlora_rank(shapes: dict[str, tuple[int, int]], r: int, num_heads: int) -> int:
-    """The one rank whose A + heads over all modules come closest to `rlora_size`, at least 1."""
-    wanted = sum(rlora_size(*shape, r, num_heads) for shape in shapes.values())
-    return max(1, round(wanted / sum(i + num_heads * o for i, o in shapes.values())))
+    return equal_rank(d_in, d_out, r, num_heads, heads=1)
 
 
 def adapter_config(
@@ -89,19 +104,29 @@ def adapter_config(
     if method not in METHODS:
         raise LabError(f"unknown method {method!r}: allowed are {', '.join(METHODS)}")
     shared = {
+        "r": r,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
         "target_modules": base.targets,
         "modules_to_save": modules_to_save,
         "use_rslora": True,
     }
-    shapes = target_shapes(base)
-    if method == "lora":
-        ranks = {path: equal_lora_rank(*shape, r, num_heads) for path, shape in shapes.items()}
-        return LoraConfig(r=max(ranks.values()), rank_pattern=ranks, **shared)
-    if method == "mlora":
-        r = equal_mlora_rank(shapes, r, num_heads)
-    return RLoraConfig(r=r, num_heads=num_heads, init_seed=init_seed, **_SETTINGS[method], **shared)
+
+    def equal_ranks(heads: int) -> dict:
+        ranks = {
+            path: equal_rank(*shape, r, num_heads, heads)
+            for path, shape in target_shapes(base).items()
+        }
+        return {"r": max(ranks.values()), "rank_pattern": ranks}
+
+    if method in _LORA:
+        ranks = {} if method == "lora-rank" else equal_ranks(1)
+        return LoraConfig(**shared | ranks | _LORA[method])
+    settings = shared | {"num_heads": num_heads, "init_seed": init_seed} | _HEADS[method]
+    if settings.get("router") == "mean":
+        return VariantConfig(**settings | equal_ranks(settings["num_heads"]))
+    own_type = VariantConfig if settings.get("mask_per_head") else RLoraConfig
+    return own_type(**settings)
 
 
 def adapt(method: str, base: Base, suite: Suite, *, seed: int, **settings) -> PeftModel:

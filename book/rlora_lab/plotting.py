@@ -52,9 +52,15 @@ def _method(label: str, color: str, marker: str, linestyle: object) -> dict:
 # One look for each method in every chapter: `ax.plot(x, y, **METHOD_STYLES["rlora"])`.
 METHOD_STYLES = {
     "lora": _method("LoRA", "black", "o", "-"),
+    "lora-classic": _method("LoRA, α/r", "black", "<", "--"),
+    "lora-rank": _method("LoRA, equal rank", "black", "*", ":"),
     "hydralora": _method("HydraLoRA", "orange", "s", "--"),
+    "hydralora-own": _method("HydraLoRA, its own form", "orange", "p", ":"),
     "hydralora+dropout": _method("HydraLoRA + head dropout", "sky", "^", "-."),
     "hydralora+init": _method("HydraLoRA + random heads", "green", "v", ":"),
+    "one-head": _method("one random head", "blue", "h", "-."),
     "mlora": _method("M-LoRA", "purple", "D", (0, (5, 1, 1, 1, 1, 1))),
+    "mlora-nodropout": _method("M-LoRA, no dropout", "purple", "d", ":"),
+    "rlora-centered": _method("R-LoRA, centred heads", "vermillion", "X", "--"),
     "rlora": _method("R-LoRA", "vermillion", "P", "-"),
 }

@@ -69,8 +69,20 @@ SUITE_TASKS: dict[str, Task] = {
 }
 RELATED = ("rotate back", "rotate 2", "rotate 3")
 
-_ALL = BASE_TASKS | SUITE_TASKS
-TAGS = dict(zip(_ALL, "ABCDEFGHIJKLMNOPQRSTUVWXYZ", strict=False))
+# With the rotations of the suite, the symmetries of a ring of six places: eight tasks that are one
+# operation. The base knows two such, "rotate" and "reverse".
+RING_TASKS: dict[str, Task] = {
+    "rotate 4": lambda x: x.roll(-4, 1),
+    "reverse rotate 1": lambda x: x.flip(1).roll(-1, 1),
+    "reverse rotate 2": lambda x: x.flip(1).roll(-2, 1),
+    "reverse rotate 3": lambda x: x.flip(1).roll(-3, 1),
+    "reverse rotate 4": lambda x: x.flip(1).roll(-4, 1),
+}
+
+_ALL = BASE_TASKS | SUITE_TASKS | RING_TASKS
+TAGS = dict(zip(BASE_TASKS | SUITE_TASKS, "ABCDEFGHIJKLMNOPQRSTUVWXYZ", strict=False))
+# The ring's tags are those of the suite's last tasks: all as new to the base as one another.
+TAGS |= dict(zip(RING_TASKS, list(TAGS.values())[-len(RING_TASKS) :], strict=True))
 VOCABULARY = LETTERS + "=" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 QUESTION = 1 + LENGTH + 1  # characters before the answer: tag, letters, "="
 
@@ -104,7 +116,7 @@ class Synthetic:
     """String tasks for the `tiny` base.
 
     Args:
-        tasks: names out of `SUITE_TASKS` (all of them by default) or `BASE_TASKS`.
+        tasks: names out of `SUITE_TASKS` (all of them by default), `BASE_TASKS` or `RING_TASKS`.
 
     `batch` makes examples, `training_set` makes them for a `Trainer`, `score` measures a model.
     """
@@ -121,6 +133,10 @@ class Synthetic:
         for task in self.tasks:
             if task not in _ALL:
                 raise LabError(f"unknown task {task!r}: one of {', '.join(_ALL)}")
+        owners: dict[str, str] = {}
+        for task in self.tasks:
+            if (other := owners.setdefault(TAGS[task], task)) != task:
+                raise LabError(f"tasks {other!r} and {task!r} have one tag: take one of the two")
 
     def model(self, base: Base) -> nn.Module:
         """What the adapter goes into: the base itself."""
