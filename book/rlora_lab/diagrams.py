@@ -6,7 +6,7 @@ coloured, solid one. Each function draws one stage, as SVG on a white ground.
 
 from io import StringIO
 
-import matplotlib.pyplot as plt
+import matplotlib
 from IPython.display import SVG
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,8 +28,8 @@ IN_WIDE, R_WIDE, OUT_WIDE = (
 
 def _canvas(width: float, height: float, left: float = 0.0) -> tuple[Figure, Axes]:
     """An empty drawing, `left` to `width`, one unit of the axes to 0.9 inch."""
-    with plt.rc_context({"figure.constrained_layout.use": False}):
-        figure = plt.figure(figsize=(0.9 * (width - left), 0.9 * height))
+    # Not by pyplot: the notebook's own backend and its settings have no part in this.
+    figure = Figure(figsize=(0.9 * (width - left), 0.9 * height), layout="none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(left, width), ylim=(0, height))
     axes.axis("off")
     return figure, axes
@@ -38,9 +38,8 @@ def _canvas(width: float, height: float, left: float = 0.0) -> tuple[Figure, Axe
 def _svg(figure: Figure) -> SVG:
     """The drawing as SVG, the same text each time that it is drawn."""
     text = StringIO()
-    with plt.rc_context({"svg.hashsalt": "rlora"}):
+    with matplotlib.rc_context({"svg.hashsalt": "rlora"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
     return SVG(text.getvalue())
 
 
