@@ -27,9 +27,9 @@ IN_WIDE, R_WIDE, OUT_WIDE = (
 
 
 def _canvas(width: float, height: float, left: float = 0.0) -> tuple[Figure, Axes]:
-    """An empty drawing, `left` to `width`, one unit of the axes to 0.9 inch."""
+    """An empty drawing, `left` to `width`, one unit of the axes to 0.72 inch."""
     # Not by pyplot: the notebook's own backend and its settings have no part in this.
-    figure = Figure(figsize=(0.9 * (width - left), 0.9 * height), layout="none")
+    figure = Figure(figsize=(0.72 * (width - left), 0.72 * height), layout="none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(left, width), ylim=(0, height))
     axes.axis("off")
     return figure, axes
@@ -48,12 +48,12 @@ def _box(axes: Axes, x: float, y: float, text: str, look: dict, left=0.5, right=
     half = width / 2
     corners = [(x - half, y - left), (x - half, y + left), (x + half, y + right)]
     axes.add_patch(Polygon([*corners, (x + half, y - right)], linewidth=1.4, **look))
-    axes.text(x, y, text, ha="center", va="center", fontsize=10)
+    axes.text(x, y, text, ha="center", va="center", fontsize=9)
 
 
 def _circle(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.add_patch(Circle((x, y), 0.19, facecolor="white", edgecolor=GREY, linewidth=1.2))
-    axes.text(x, y, text, ha="center", va="center", fontsize=10)
+    axes.add_patch(Circle((x, y), 0.22, facecolor="white", edgecolor=GREY, linewidth=1.2))
+    axes.text(x, y, text, ha="center", va="center", fontsize=9)
 
 
 def _arrow(axes: Axes, *points: tuple[float, float], text: str = "", at: int = 0) -> None:
@@ -78,9 +78,9 @@ def _frozen_way(axes: Axes, y: float, box: float, half: float, plus: float) -> N
     _arrow(axes, (0.32, y), (box - 0.65, y), text=IN_WIDE)
     _box(axes, box, y, "$W_0$", FROZEN, half, half, 1.3)
     _note(axes, box + 1.05, y + half - 0.08, "frozen", FROZEN)
-    _arrow(axes, (box + 0.65, y), (plus - 0.19, y), text=OUT_WIDE)
+    _arrow(axes, (box + 0.65, y), (plus - 0.22, y), text=OUT_WIDE)
     _circle(axes, plus, y, "+")
-    _arrow(axes, (plus + 0.19, y), (end - 0.3, y))
+    _arrow(axes, (plus + 0.22, y), (end - 0.3, y))
     axes.text(end - 0.15, y, "$h$", ha="center", va="center", fontsize=11)
 
 
@@ -92,7 +92,7 @@ def full_update() -> SVG:
     _arrow(axes, (0.7, top), (0.7, low), (2.35, low), text=IN_WIDE, at=1)
     _box(axes, 3.0, low, r"$\Delta W$", TRAINED, 0.5, 0.5, 1.3)
     _note(axes, 3.0, low - 0.64, "trained", TRAINED)
-    _arrow(axes, (3.65, low), (5.3, low), (5.3, top - 0.19), text=OUT_WIDE)
+    _arrow(axes, (3.65, low), (5.3, low), (5.3, top - 0.22), text=OUT_WIDE)
     return _svg(figure)
 
 
@@ -106,9 +106,9 @@ def _lora(axes: Axes) -> None:
     _arrow(axes, (3.6, low), (4.4, low), text=R_WIDE)
     _box(axes, 4.85, low, "$B$", TRAINED, 0.2, 0.55)
     _note(axes, 4.0, low - 0.6, "trained", TRAINED)
-    _arrow(axes, (5.3, low), (6.1, low), text=OUT_WIDE)
-    _circle(axes, 6.29, low, "$s$")
-    _arrow(axes, (6.48, low), (6.9, low), (6.9, top - 0.19))
+    _arrow(axes, (5.3, low), (6.08, low), text=OUT_WIDE)
+    _circle(axes, 6.3, low, "$s$")
+    _arrow(axes, (6.52, low), (6.9, low), (6.9, top - 0.22))
 
 
 def lora_layer() -> SVG:
@@ -154,23 +154,23 @@ def heads_layer(side_pair: bool = False, masks: bool = False) -> SVG:
     for head, y in enumerate(ways, 1):
         if masks:
             _arrow(axes, (3.05, middle), (3.05, y), (3.43, y))
-            _box(axes, 3.9, y, f"Drop$_{head}$", RANDOM, 0.22, 0.22)
+            _box(axes, 3.9, y, f"Drop$_{head}$", RANDOM, 0.25, 0.25)
             _arrow(axes, (4.35, y), (5.2, y), text=R_WIDE)
         else:
             _arrow(axes, (3.05, middle), (3.05, y), (5.2, y), text=R_WIDE, at=1)
         _box(axes, 5.6, y, f"$B_{head}$", TRAINED, 0.14, 0.32, 0.8)
-        _arrow(axes, (6.0, y), (gate - 0.19, y), text=OUT_WIDE)
-        end = (total - 0.19, y) if y == middle else (total, middle + (0.19 if head == 1 else -0.19))
-        _arrow(axes, (gate + 0.19, y), *([(total, y)] if y != middle else []), end)
+        _arrow(axes, (6.0, y), (gate - 0.22, y), text=OUT_WIDE)
+        end = (total - 0.22, y) if y == middle else (total, middle + (0.22 if head == 1 else -0.22))
+        _arrow(axes, (gate + 0.22, y), *([(total, y)] if y != middle else []), end)
 
     _arrow(axes, (0.7, middle), (0.7, router), (1.3, router))
     _box(axes, 1.75, router, "$W_r$", ROUTER, 0.35, 0.2)
     _arrow(axes, (2.2, router), (3.43, router), text=r"$(\ldots, N)$")
-    _box(axes, 3.9, router, "softmax", ROUTER, 0.22, 0.22)
-    _arrow(axes, (4.35, router), (gate, router), (gate, ways[2] - 0.19), text=r"$g\;(\ldots, N)$")
+    _box(axes, 3.9, router, "softmax", ROUTER, 0.25, 0.25)
+    _arrow(axes, (4.35, router), (gate, router), (gate, ways[2] - 0.22), text=r"$g\;(\ldots, N)$")
     for head, y in enumerate(ways, 1):
         if head < 3:
-            _arrow(axes, (gate, y - 0.61), (gate, y - 0.19))
+            _arrow(axes, (gate, y - 0.58), (gate, y - 0.22))
         _circle(axes, gate, y, f"$g_{head}$")
 
     if side_pair:
@@ -184,7 +184,7 @@ def heads_layer(side_pair: bool = False, masks: bool = False) -> SVG:
         _arrow(axes, (6.0, side), *bend, text=OUT_WIDE)
         axes.text(total + 0.5, middle - 0.5, "−", ha="left", va="center", fontsize=12)
     _circle(axes, total, middle, "+")
-    _arrow(axes, (total + 0.19, middle), (plus - 0.19, middle), text=OUT_WIDE)
+    _arrow(axes, (total + 0.22, middle), (plus - 0.22, middle), text=OUT_WIDE)
     _circle(axes, plus, middle, "$s$")
-    _arrow(axes, (plus, middle + 0.19), (plus, top - 0.19))
+    _arrow(axes, (plus, middle + 0.22), (plus, top - 0.22))
     return _svg(figure)
