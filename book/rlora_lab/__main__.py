@@ -1,4 +1,4 @@
-"""`python -m rlora_lab quality|train-base`; each takes --help."""
+"""`python -m rlora_lab quality|evidence|report|train-base`; each takes --help."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,9 @@ from rich.console import Console
 
 from .bases import TINY
 from .errors import LabError
+from .evidence import RECORDS, status_table, work
 from .methods import METHODS
+from .plan import PLAN, load_plan
 from .quality import DEFAULTS, SUITES, Quality
 from .sentences import Sentences
 from .tables import table
@@ -110,6 +112,59 @@ def quality(
     if seeds == 1:
         console.print("One seed says nothing about which method is better: see --seeds.")
     console.print(f"{result['machine']}, {result['date']}; kept in {run.out}")
+
+
+Plan = Annotated[
+    Path, typer.Option(help="TOML file of the grid", show_default="the plan of this package")
+]
+Records = Annotated[
+    Path,
+    typer.Option(help="folder of the records", show_default="results/evidence of this package"),
+]
+
+
+@app.command()
+def evidence(
+    plan: Plan = PLAN,
+    records: Records = RECORDS,
+    only: Annotated[
+        str, typer.Option(help="blocks of the plan, with commas", show_default="all")
+    ] = "",
+    methods: Annotated[
+        str, typer.Option(help="methods of the plan, with commas", show_default="all")
+    ] = "",
+    minutes: Annotated[
+        float, typer.Option(help="start no run that would end later", show_default="no end")
+    ] = float("inf"),
+    workers: Annotated[int, typer.Option(help="processes, of one thread each", min=1)] = 2,
+    show: Annotated[
+        bool, typer.Option("--status", help="only say what is done and what is missing")
+    ] = False,
+) -> None:
+    """Run what is missing of a plan of runs, and add each that ends to the records.
+
+    It can be stopped at any time, and started again. Several machines may share a plan: give each
+    its own --only or --methods, and merge their records with git.
+
+
+    Blocks of the suite sentences read the hub, or the folder in the environment variable
+    RLORA_DATA.
+    """
+    console, blocks = Console(), load_plan(plan)
+    done = None
+    if not show:
+        done = work(
+            blocks,
+            records,
+            console,
+            only=[name for name in only.split(",") if name],
+            methods=[name for name in methods.split(",") if name],
+            minutes=minutes,
+            workers=workers,
+        )
+    console.print(status_table(blocks, records))
+    if done is not None:
+        console.print("All that was asked for is done." if done else "There is more to do.")
 
 
 @app.command(name="train-base")

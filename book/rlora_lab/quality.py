@@ -26,8 +26,8 @@ from .training import Suite, train
 SUITES = ("synthetic", "sentences")
 
 
-def load_suite(name: str, base: Base) -> Suite:
-    """The suite by name, for a base that fits it."""
+def load_suite(name: str, base: Base, tasks: Sequence[str] | None = None) -> Suite:
+    """The suite by name, for a base that fits it; of some of its tasks only, where they are named."""
     if name not in SUITES:
         raise LabError(f"unknown suite {name!r}: allowed are {', '.join(SUITES)}")
     if (name == "synthetic") != (base.name == "tiny"):
@@ -35,7 +35,9 @@ def load_suite(name: str, base: Base) -> Suite:
             f"suite {name!r} does not fit base {base.name!r}: synthetic needs the base tiny, which "
             "knows its characters; sentences needs a base with a tokenizer, such as minilm"
         )
-    return Synthetic() if name == "synthetic" else Sentences(base)
+    if name == "sentences":
+        return Sentences(base, tasks)
+    return Synthetic() if tasks is None else Synthetic(tasks)
 
 
 def mean_similarity(model: PeftModel, initial: dict | None = None) -> float:

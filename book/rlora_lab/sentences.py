@@ -18,6 +18,7 @@ among its training questions too; where a validation split is cut here, such are
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -162,14 +163,18 @@ class SentenceClassifier(nn.Module):
 
 
 class Sentences:
-    """The five tasks (or those of the folder in RLORA_DATA), for a base with a tokenizer."""
+    """The five tasks (or those of the folder in RLORA_DATA), for a base with a tokenizer.
+
+    Args:
+        tasks: names of some of them; all by default.
+    """
 
     name = "sentences"
     metrics = ("accuracy",)
     default_lr, default_batch = 1e-3, 36
     modules_to_save = ["task_heads"]
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, tasks: Iterable[str] | None = None) -> None:
         self.tokenizer = base.tokenizer
         folder = os.environ.get("RLORA_DATA")
         found: dict[str, DatasetDict] = {}
@@ -180,10 +185,16 @@ class Sentences:
                 self.labels = json.loads((Path(folder) / "labels.json").read_text())
             except (OSError, ValueError) as error:
                 raise LabError(f"RLORA_DATA: {folder} has no readable labels.json") from error
+        known = self.labels if folder else HUB
+        chosen = tuple(known if tasks is None else tasks)
+        if unknown := [task for task in chosen if task not in known]:
+            raise LabError(f"unknown task {unknown[0]!r}: there are {', '.join(known)}")
+        if folder:
+            self.labels = {task: self.labels[task] for task in chosen}
             for task, names in self.labels.items():
                 found[task] = _from_folder(Path(folder), task, len(names))
         else:
-            for task in HUB:
+            for task in chosen:
                 found[task], notes[task], self.labels[task] = _from_hub(task)
         self.tasks = tuple(self.labels)
         digest = hashlib.sha256()
@@ -232,6 +243,10 @@ class Sentences:
         for key in ("task", "labels"):
             batch[key] = torch.tensor([row[key] for row in rows])
         return dict(batch)
+
+    def probe(self, task: str, size: int) -> dict[str, Tensor]:
+        """A batch of the first `size` validation sentences of a task, padded."""
+        return self.collate(self._tokens[task, "validation"][:size])
 
     @torch.no_grad()
     def score(self, model: nn.Module, split: str = "test") -> dict[str, dict[str, float]]:

@@ -169,6 +169,10 @@ class Synthetic:
         batch = self.batch(size, seed)
         return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
+    def probe(self, task: str, size: int) -> dict[str, Tensor]:
+        """A batch of `size` validation examples of a task, the same each time."""
+        return Synthetic([task]).batch(size, 0, "validation")
+
     @torch.no_grad()
     def score(
         self, model: nn.Module, split: str = "test", size: int = 500

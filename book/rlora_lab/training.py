@@ -35,6 +35,9 @@ class Suite(Protocol):
     def training_set(self, size: int, seed: int) -> Sequence[dict]:
         """Training examples, tasks mixed."""
 
+    def probe(self, task: str, size: int) -> dict[str, torch.Tensor]:
+        """A batch of validation examples of a task, the same each time."""
+
     def score(self, model: nn.Module, split: str) -> dict[str, dict[str, float]]:
         """`{task: {metric: value}}` in evaluation mode."""
 
