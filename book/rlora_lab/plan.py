@@ -31,7 +31,7 @@ from .errors import LabError
 from .methods import METHODS
 from .quality import DEFAULTS, SUITES
 
-PLAN = Path(str(files("rlora_lab"))) / "data" / "plan.toml"
+PLAN = Path(str(files("rlora_lab"))) / "results" / "evidence" / "plan.toml"
 EXTEND = 4
 
 

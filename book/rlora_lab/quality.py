@@ -27,7 +27,7 @@ SUITES = ("synthetic", "sentences")
 
 
 def load_suite(name: str, base: Base, tasks: Sequence[str] | None = None) -> Suite:
-    """The suite by name, for a base that fits it; of some of its tasks only, where they are named."""
+    """The suite by name, for a base that fits it; of all its tasks, or of those named."""
     if name not in SUITES:
         raise LabError(f"unknown suite {name!r}: allowed are {', '.join(SUITES)}")
     if (name == "synthetic") != (base.name == "tiny"):
