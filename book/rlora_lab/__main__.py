@@ -10,9 +10,9 @@ from rich.console import Console
 
 from .bases import TINY
 from .errors import LabError
-from .evidence import RECORDS, status_table, work
+from .evidence import status_table, work
 from .methods import METHODS
-from .plan import PLAN, load_plan
+from .plan import PLAN, RECORDS, load_plan
 from .quality import DEFAULTS, SUITES, Quality
 from .sentences import Sentences
 from .tables import table
@@ -165,6 +165,19 @@ def evidence(
     console.print(status_table(blocks, records))
     if done is not None:
         console.print("All that was asked for is done." if done else "There is more to do.")
+
+
+@app.command()
+def report(
+    plan: Plan = PLAN,
+    records: Records = RECORDS,
+    out: Annotated[Path, typer.Option(help="folder for tables and pictures")] = Path("runs/report"),
+) -> None:
+    """Make the tables and pictures of chapters 08 and 10 from the records."""
+    from .report import write_report  # pandas and matplotlib are for this command alone
+
+    print(write_report(out, plan, records))
+    print(f"Written to {out}: report.md, tables as CSV, pictures as PNG and SVG.")
 
 
 @app.command(name="train-base")

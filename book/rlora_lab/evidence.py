@@ -42,13 +42,12 @@ from rlora_min import record_routing
 from .bases import load_base
 from .errors import LabError
 from .methods import adapt, count_trainable
-from .plan import Block, Run, missing
+from .plan import Block, Run, missing, read_all
 from .quality import load_suite, mean_similarity
-from .record import add_record, environment, read_records
+from .record import add_record, environment
 from .speed import kept_bytes
 from .training import Suite, train
 
-RECORDS = Path(__file__).parent / "results" / "evidence"
 PROBE = 64  # validation examples of each task that the routing is looked at on
 
 
@@ -168,35 +167,6 @@ def _work(run: Run, workers: int, scratch: Path) -> tuple[dict, dict]:
     return setting_of(run.block, workers), do_run(run, folder)
 
 
-def read_all(plan: dict[str, Block], folder: Path) -> dict[str, list[dict]]:
-    """The records of each block of a plan.
-
-    Raises:
-        LabError: records that were made for another block than the plan has now.
-    """
-    result = {}
-    for name, block in plan.items():
-        settings, result[name] = read_records(folder / f"{name}.jsonl")
-        now = {
-            "base": block.base,
-            "suite": block.suite,
-            "steps": block.steps,
-            "batch": block.batch,
-            **dict(block.settings),
-        }
-        now |= {"tasks": list(block.tasks)} if block.tasks else {}
-        for setting in settings.values():
-            other = sorted(k for k in now if setting.get(k) != now[k])
-            data = next(iter(settings.values())).get("data_sha256")
-            other += ["data"] * (setting.get("data_sha256") != data)
-            if other:
-                raise LabError(
-                    f"{name}.jsonl holds runs with another {', '.join(other)} than the plan has: "
-                    "give the block another name, or take the file away"
-                )
-    return result
-
-
 def work(
     plan: dict[str, Block],
     folder: Path,
@@ -223,7 +193,7 @@ def work(
     blocks = [block for name, block in plan.items() if not only or name in only]
 
     def left() -> tuple[list[Run], int]:
-        records = read_all(plan, folder)
+        records = read_all(plan, folder)[0]
         runs, later = [], 0
         for block in blocks:
             now, more = missing(plan, block, records)
@@ -234,7 +204,7 @@ def work(
     start = time.monotonic()
     seconds: dict[str, list[float]] = {}
     for block in blocks:
-        seconds[block.name] = [r["seconds"] for r in read_all(plan, folder)[block.name]]
+        seconds[block.name] = [r["seconds"] for r in read_all(plan, folder)[0][block.name]]
 
     def fits(run: Run) -> bool:
         known = seconds[run.block.name]
@@ -274,7 +244,7 @@ def work(
 def status_table(plan: dict[str, Block], folder: Path) -> Table:
     """For each block the runs that are done and those known to be missing, with the minutes on one
     core that these take, going by the median of those that are done."""
-    records = read_all(plan, folder)
+    records = read_all(plan, folder)[0]
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("block", "done", "missing", "minutes on one core"):
         table.add_column(column, justify="left" if column == "block" else "right")

@@ -20,7 +20,7 @@ slowly and falls off a cliff. If the best is at an end, the next rate beyond is 
 """
 
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -30,8 +30,10 @@ import numpy as np
 from .errors import LabError
 from .methods import METHODS
 from .quality import DEFAULTS, SUITES
+from .record import read_records
 
-PLAN = Path(str(files("rlora_lab"))) / "results" / "evidence" / "plan.toml"
+RECORDS = Path(str(files("rlora_lab"))) / "results" / "evidence"
+PLAN = RECORDS / "plan.toml"
 EXTEND = 4
 
 
@@ -208,7 +210,33 @@ def missing(
     return todo, later
 
 
-def ready(plan: dict[str, Block], records: dict[str, list[dict]]) -> Iterator[Run]:
-    """All runs that can be done now, block by block."""
-    for block in plan.values():
-        yield from missing(plan, block, records)[0]
+def read_all(
+    plan: dict[str, Block], folder: Path
+) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """The records of each block of a plan, and their settings.
+
+    Raises:
+        LabError: records that were made for another block than the plan has now.
+    """
+    result, made_by = {}, {}
+    for name, block in plan.items():
+        settings, result[name] = read_records(folder / f"{name}.jsonl")
+        made_by[name] = list(settings.values())
+        now = {
+            "base": block.base,
+            "suite": block.suite,
+            "steps": block.steps,
+            "batch": block.batch,
+            **dict(block.settings),
+        }
+        now |= {"tasks": list(block.tasks)} if block.tasks else {}
+        for setting in settings.values():
+            other = sorted(k for k in now if setting.get(k) != now[k])
+            data = next(iter(settings.values())).get("data_sha256")
+            other += ["data"] * (setting.get("data_sha256") != data)
+            if other:
+                raise LabError(
+                    f"{name}.jsonl holds runs with another {', '.join(other)} than the plan has: "
+                    "give the block another name, or take the file away"
+                )
+    return result, made_by
