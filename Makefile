@@ -4,7 +4,7 @@ PORT ?= 8000
 BIN := .venv/bin
 STAMP := .venv/.rlora-installed
 
-.PHONY: book test execute serve clean
+.PHONY: book test execute evidence evidence-quick serve clean
 
 # -n: every cross-reference must resolve. -W --keep-going: a warning fails the build, after all
 # of them were shown. --all: nothing old is left. Execution is off (_config.yml): the pages show the
@@ -25,6 +25,21 @@ test: $(STAMP)
 # Chapters whose stamp is stale, or all of them: make execute ARGS=--force
 execute: $(STAMP)
 	$(BIN)/python book/execute.py $(ARGS)
+
+# Runs what is missing of the plan, hours of it, and can be stopped and started again; then the
+# tables and pictures. A part: make evidence ARGS="--only synthetic --minutes 90"
+evidence: $(STAMP)
+	$(BIN)/python -m rlora_lab evidence $(ARGS)
+	$(BIN)/python -m rlora_lab report
+
+# The same path in minutes, on a few made-up sentences, in a folder that is thrown away.
+evidence-quick: export HF_HUB_OFFLINE = 1
+evidence-quick: export RLORA_DATA = tests/fixtures/sentences
+evidence-quick: PLAN = --plan book/rlora_lab/results/evidence/plan-quick.toml
+evidence-quick: $(STAMP)
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+		$(BIN)/python -m rlora_lab evidence $(PLAN) --records "$$folder/records" && \
+		$(BIN)/python -m rlora_lab report $(PLAN) --records "$$folder/records" --out "$$folder/report"
 
 serve: book
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)

@@ -5,8 +5,9 @@
 A chapter runs top to bottom in a fresh kernel, and its file is replaced only when every cell ran.
 The stamp, `rlora_book` in the notebook's metadata, records when and on what the outputs were made
 and a hash of all that they depend on: the chapter's code cells, the recorded results that it reads
-by `load_result("name")`, the syntax trees (docstrings left out) of the modules of this project that
-it imports, followed through their own imports, and the lab's data files.
+by `load_result("name")` or `load_evidence("name")`, the syntax trees (docstrings left out) of the
+modules of this project that it imports, followed through their own imports, and the lab's data
+files.
 """
 
 import argparse
@@ -29,6 +30,11 @@ from nbclient.exceptions import CellExecutionError
 BOOK = Path(__file__).resolve().parent
 PACKAGES = {"rlora_min": BOOK.parent / "rlora_min", "rlora_lab": BOOK / "rlora_lab"}
 STAMP = "rlora_book"
+# What chapters read recorded numbers by, and the files of a name below results/.
+READERS = {
+    "load_result": ["{}.json"],
+    "load_evidence": ["evidence/{}.jsonl", "evidence/plan.toml"],
+}
 # No part of a chapter's output: bars of files being read, and libraries' notes to themselves.
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -105,18 +111,19 @@ def modules_of(trees: list[ast.Module], packages: dict[str, Path]) -> dict[str, 
 
 
 def results_of(trees: list[ast.Module]) -> list[str]:
-    """The names of the recorded results that the cells read.
+    """The files, below results/, of the recorded results that the cells read.
 
     Raises:
-        ValueError: a `load_result` whose first argument is no literal string.
+        ValueError: one of the readers, whose first argument is no literal string.
     """
     names = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_result"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(tuple(READERS)):
             name = node.args[0] if node.args else None
             if not (isinstance(name, ast.Constant) and isinstance(name.value, str)):
                 raise ValueError(f"{ast.unparse(node)}: name the result by a literal string")
-            names.add(name.value)
+            (forms,) = (f for r, f in READERS.items() if ast.unparse(node.func).endswith(r))
+            names |= {form.format(name.value) for form in forms}
     return sorted(names)
 
 
@@ -129,7 +136,7 @@ def notebook_hash(notebook: nbformat.NotebookNode, packages: dict[str, Path] = P
     parts += [(name, canonical(tree).encode()) for name, tree in sorted(modules.items())]
     if "rlora_lab" in modules:
         lab = packages["rlora_lab"]
-        files = [lab / "results" / f"{name}.json" for name in results_of(trees)]
+        files = [lab / "results" / name for name in results_of(trees)]
         files += sorted(path for path in (lab / "data").rglob("*") if path.is_file())
         parts += [(path.relative_to(lab).as_posix(), path.read_bytes()) for path in files]
     digest = hashlib.sha256()

@@ -19,6 +19,8 @@ FILES = {
     "rlora_lab/other.py": "unused = 1\n",
     "rlora_lab/results/run.json": "{}",
     "rlora_lab/results/other.json": "{}",
+    "rlora_lab/results/evidence/many.jsonl": "{}",
+    "rlora_lab/results/evidence/plan.toml": "[many]",
     "rlora_lab/data/base.bin": "0",
 }
 
@@ -40,6 +42,7 @@ def chapter(*sources: str) -> nbformat.NotebookNode:
 SOURCES = [
     "%matplotlib inline\nfrom rlora_lab.tasks import rlora_min",
     "from rlora_lab.results import load_result\nload_result('run')",
+    "from rlora_lab import results\nresults.load_evidence('many')",
 ]
 
 
@@ -54,6 +57,8 @@ SOURCES = [
         ("rlora_lab/other.py", "1", "2", False),
         ("rlora_lab/results/run.json", "{}", "[]", True),
         ("rlora_lab/results/other.json", "{}", "[]", False),
+        ("rlora_lab/results/evidence/many.jsonl", "{}", "[]", True),
+        ("rlora_lab/results/evidence/plan.toml", "many", "few", True),
         ("rlora_lab/data/base.bin", "0", "1", True),
     ],
 )

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from rlora_lab.__main__ import app, main
 from rlora_lab.errors import LabError
-from rlora_lab.methods import METHODS
 from rlora_lab.quality import Quality
 from rlora_lab.tables import table
 from rlora_lab.training import train
@@ -208,10 +207,11 @@ def test_an_adapter_that_is_gone(tmp_path: Path):
 
 
 def test_six_methods_fit_a_terminal(tmp_path: Path):
-    run = Quality("tiny", "synthetic", METHODS, seeds=2, steps=1, out=tmp_path / "a.json")
+    six = ["lora", "hydralora", "hydralora+dropout", "hydralora+init", "mlora", "rlora"]
+    run = Quality("tiny", "synthetic", six, seeds=2, steps=1, out=tmp_path / "a.json")
     run.result["rlora_parameters"] = 230_000
     scores = {task: {"letters": 0.123, "exact": 0.0} for task in run.suite.tasks}
-    for method in METHODS:
+    for method in six:
         run.result["chosen"][method] = 4e-3
         for seed in run.seeds:
             record = {"method": method, "seed": seed, "learning_rate": 4e-3, "seconds": 12345.0}
@@ -235,7 +235,7 @@ def test_one_head_has_no_similarity(tmp_path: Path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"methods": ["lora", "dora"]}, "'dora': allowed are lora, hydralora"),
+        ({"methods": ["lora", "dora"]}, "'dora': allowed are lora, lora-classic"),
         ({"methods": []}, "at least one"),
         ({"methods": ["lora", "lora"]}, "each once"),
         ({"base": "nobody/nothing"}, "'nobody/nothing' could not be loaded"),
@@ -259,7 +259,7 @@ def test_bad_input(options: dict, message: str, tmp_path: Path):
 
 def test_errors_on_the_screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     for arguments, message in [
-        (["--methods", "dora"], "error: unknown method 'dora': allowed are lora, hydralora"),
+        (["--methods", "dora"], "error: unknown method 'dora': allowed are lora, lora-classic"),
         (["--lr", "1e-3,fast"], "error: --lr must be one or several numbers"),
     ]:
         monkeypatch.setattr(sys, "argv", ["rlora_lab", "quality", *arguments])

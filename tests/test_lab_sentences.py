@@ -88,6 +88,18 @@ def test_lora_has_its_size_under_the_classifier(
     assert count_trainable(model) == (size, 7 * 32 + 7)
 
 
+def test_some_of_the_tasks(base: Base, sentences_folder: Path):  # noqa: F811
+    whole, part = Sentences(base), Sentences(base, ["time", "question"])
+    assert part.tasks == ("time", "question")
+    assert part.provenance["data_sha256"] != whole.provenance["data_sha256"]
+    assert {row["task"] for row in part.training_set(50, 0)} == {0, 1}
+    probe = part.probe("question", 4)
+    assert probe["input_ids"].shape == probe["attention_mask"].shape and len(probe["labels"]) == 4
+    assert set(probe["task"].tolist()) == {1}
+    with pytest.raises(LabError, match="'weather': there are question, mood, time"):
+        Sentences(base, ["weather"])
+
+
 def test_minilm_learns_the_fixture(sentences_folder: Path):  # noqa: F811
     base = load_base("minilm")
     suite = Sentences(base)

@@ -15,6 +15,7 @@ from rlora_lab.tasks import (
     LENGTH,
     QUESTION,
     RELATED,
+    RING_TASKS,
     SIZE,
     SPLITS,
     SUITE_TASKS,
@@ -52,10 +53,15 @@ BY_HAND = {
     "sort down": "hfdcba",
     "cap": "eadceb",
     "mirror": "chefag",
+    "rotate 4": "hbfadc",
+    "reverse rotate 1": "hcdafb",
+    "reverse rotate 2": "cdafbh",
+    "reverse rotate 3": "dafbhc",
+    "reverse rotate 4": "afbhcd",
 }
 
 
-@pytest.mark.parametrize("task", [*BASE_TASKS, *SUITE_TASKS])
+@pytest.mark.parametrize("task", [*BASE_TASKS, *SUITE_TASKS, *RING_TASKS])
 def test_tasks_by_hand(task: str):
     row = Synthetic([task]).rows(task, encode("fadchb")[None])[0]
     assert decode(row) == f"{TAGS[task]}fadchb={BY_HAND[task]}"
@@ -63,10 +69,14 @@ def test_tasks_by_hand(task: str):
 
 def test_suite_asks_what_the_base_never_saw():
     questions = draw(300, torch.Generator().manual_seed(0), "train")
-    every = BASE_TASKS | SUITE_TASKS
+    every = BASE_TASKS | SUITE_TASKS | RING_TASKS
     for a, b in itertools.combinations(every, 2):
         assert not torch.equal(every[a](questions), every[b](questions)), (a, b)
-    assert len(set(TAGS.values())) == len(every) == len(BASE_TASKS) + len(SUITE_TASKS)
+    assert len(every) == len(BASE_TASKS) + len(SUITE_TASKS) + len(RING_TASKS)
+    assert len(set(TAGS.values())) == len(BASE_TASKS) + len(SUITE_TASKS)
+    assert not {TAGS[task] for task in RING_TASKS} & {TAGS[task] for task in BASE_TASKS}
+    ring = Synthetic([*RELATED, *RING_TASKS])  # eight tasks with tags of their own
+    assert len({TAGS[task] for task in ring.tasks}) == len(ring.tasks) == 8
     assert len(SUITE_TASKS) >= 8 and set(RELATED) < set(SUITE_TASKS)
 
 
@@ -126,5 +136,7 @@ def test_score_leaves_the_mode_alone():
 def test_unknown_names():
     with pytest.raises(LabError, match="'juggle'.*mirror"):
         Synthetic(["juggle"])
+    with pytest.raises(LabError, match="'mirror' and 'reverse rotate 4' have one tag"):
+        Synthetic(["mirror", "reverse rotate 4"])
     with pytest.raises(LabError, match="'dev'.*validation"):
         Synthetic().batch(3, 0, "dev")

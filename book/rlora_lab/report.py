@@ -47,8 +47,8 @@ from .results import (
     similarity_points,
 )
 
+MAIN = ("rlora", "lora", "one-head", "mlora", "hydralora")  # all twelve would hide one another
 SIZES = (2, 4, 8)
-SENTIMENT = ("sst2", "sst5", "cr")
 
 
 def label(method: str) -> str:
@@ -171,11 +171,11 @@ def rates_table(result: dict) -> pd.DataFrame:
 
 def forest(contrasts: Sequence[Contrast], title: str = "", xlabel: str = "") -> Figure:
     """Contrasts as points with their 95 % intervals; filled where Holm's correction leaves them
-    standing. The grey band is what the seeds could not have shown: the largest of the smallest
-    detectable differences."""
-    figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.3 * len(contrasts)))
-    limit = max(c.detectable for c in contrasts)
-    ax.axvspan(-limit, limit, color="#EEEEEE", zorder=0, linewidth=0)
+    standing. A true difference within the grey band would mostly go unseen with these seeds."""
+    tall = any(": " in c.name for c in contrasts)  # two lines of text to each
+    figure, ax = plt.subplots(figsize=(6.4, 0.9 + (0.38 if tall else 0.3) * len(contrasts)))
+    limits = np.array([c.detectable for c in contrasts])
+    ax.barh(range(len(contrasts)), 2 * limits, 0.7, -limits, color="#E4E4E4", zorder=0)
     ax.axvline(0, color="black", linewidth=1, linestyle="-", marker="")
     for y, c in enumerate(contrasts):
         style = METHOD_STYLES.get(c.name, {"color": OKABE_ITO["black"], "marker": "o"})
@@ -190,7 +190,8 @@ def forest(contrasts: Sequence[Contrast], title: str = "", xlabel: str = "") -> 
             markerfacecolor="white" if c.verdict == "cannot tell" else style["color"],
             capsize=3,
         )
-    ax.set_yticks(range(len(contrasts)), [label(c.name) for c in contrasts])
+    names = [label(c.name).replace(": ", "\n") for c in contrasts]
+    ax.set_yticks(range(len(contrasts)), names, fontsize=7 if tall else None)
     ax.set(xlabel=xlabel or "percentage points, 95 % interval", title=title)
     ax.set_ylim(len(contrasts) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
@@ -200,7 +201,7 @@ def forest(contrasts: Sequence[Contrast], title: str = "", xlabel: str = "") -> 
 def task_dots(
     result: dict, methods: Sequence[str] | None = None, metric: str | None = None
 ) -> Figure:
-    """Each seed's test score on each task as a dot, and the mean as a bar, by method."""
+    """Each seed's test score on each task, small, and the mean over seeds, large, by method."""
     methods = [m for m in methods or result["methods"] if m in result["methods"]]
     tasks = result["tasks"]
     figure, ax = plt.subplots(figsize=(6.4, 0.8 + len(tasks) * (0.12 * len(methods) + 0.14)))
@@ -211,7 +212,7 @@ def task_dots(
         where = np.broadcast_to(y, scores.shape)
         look = style | {"label": None, "alpha": 0.35, "markersize": 2.5, "markeredgewidth": 0}
         ax.plot(scores.ravel(), where.ravel(), **look)
-        ax.plot(scores.mean(0), y, **style | {"markersize": 5, "markeredgecolor": "white"})
+        ax.plot(scores.mean(0), y, **style | {"markersize": 5.5})
     ax.set_yticks(range(len(tasks)), tasks)
     ax.set_ylim(len(tasks) - 0.5, -0.5)
     ax.set(xlabel=f"{metric or result['metrics'][0]} on test data, per cent")
@@ -283,23 +284,6 @@ def related_plot(found: dict[str, list[Contrast]], against: str = "lora") -> Fig
     return figure
 
 
-def related_pairs(
-    say: bool = False, plan: Path = PLAN, records: Path = RECORDS
-) -> dict[str, tuple[dict, dict]]:
-    """The pairs of blocks of string tasks for `relatedness`, "2 tasks" and so on, as far as they
-    have been scored."""
-    pairs = {}
-    for size in SIZES:
-        try:
-            pairs[f"{size} tasks"] = tuple(
-                load_evidence(f"{kind}-{size}", say=say, plan=plan, records=records)
-                for kind in ("different", "related")
-            )
-        except LabError:
-            continue
-    return pairs
-
-
 def _write(folder: Path, name: str, text: str) -> None:
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     temporary.write_text(text)
@@ -362,7 +346,7 @@ def write_report(folder: Path, plan: Path = PLAN, records: Path = RECORDS) -> st
         if contrasts := ideas(result):
             table(f"{block}-ideas", "What each part brings", contrast_table(contrasts))
             picture(f"{block}-ideas", forest(contrasts, "What each part brings"))
-        picture(f"{block}-tasks", task_dots(result))
+        picture(f"{block}-tasks", task_dots(result, MAIN))
         if similarity_points(result):
             rows = correlation_table(result)
             table(f"{block}-correlation", "Head similarity against accuracy", rows)
@@ -378,8 +362,8 @@ def write_report(folder: Path, plan: Path = PLAN, records: Path = RECORDS) -> st
         related("relatedness", "String tasks", relatedness(pairs))
     if {"sentences", "sentences-related"} <= blocks.keys():
         pair = {"real text": (blocks["sentences"], blocks["sentences-related"])}
-        shared = [t for t in SENTIMENT if t in blocks["sentences"]["tasks"]]
-        related("relatedness-sentences", "Real text", relatedness(pair, tasks=shared))
+        found = relatedness(pair, tasks=blocks["sentences-related"]["tasks"])
+        related("relatedness-sentences", "Real text", found)
     plt.rcParams.update(style)
     text = "\n\n".join(parts) + "\n"
     _write(folder, "report.md", text)
