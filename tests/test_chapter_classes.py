@@ -8,6 +8,7 @@ two draw masks of the same shape.
 
 import ast
 import copy
+import re
 from pathlib import Path
 
 import nbformat
@@ -22,14 +23,29 @@ BOOK = Path(__file__).parent.parent / "book"
 D_IN, D_OUT, STEPS = 12, 20, 5
 
 LORA = {"num_heads": 1, "init_heads": "zeros", "dropout_on": "input", "router": "mean"}
-HEADS = {"init_heads": "zeros", "dropout_on": "input", "router_init": "kaiming", "lora_dropout": 0}
+HEADS = {"init_heads": "zeros", "dropout_on": "input", "router_init": "kaiming"}
+LORA_CLASS = "02_lora_from_scratch", "LoRALinear"
+HEADS_CLASS = "04_many_heads", "HeadsLinear"
+RANDOM_CLASS = "05_random_heads", "RandomHeadsLinear"
+DROPOUT_CLASS = "06_head_dropout", "DropoutHeadsLinear"
+RLORA_CLASS = "07_rlora", "RLoRALinear"
 # name: (notebook, class, its settings, those of RLoraConfig). Common to all: r, alpha.
 CASES = {
-    "02": ("02_lora_from_scratch", "LoRALinear", {"dropout": 0.3, "rslora": True}, LORA),
-    "02 alpha/r": ("02_lora_from_scratch", "LoRALinear", {}, LORA | {"use_rslora": False}),
-    "07": ("07_rlora", "RLoRALinear", {"N": 3, "p": 0.3}, {"num_heads": 3}),
-    "07 one head": ("07_rlora", "RLoRALinear", {"N": 1, "p": 0.3}, {"num_heads": 1}),
+    "02": (*LORA_CLASS, {"dropout": 0.3, "rslora": True}, LORA),
+    "02 alpha/r": (*LORA_CLASS, {}, LORA | {"use_rslora": False}),
+    "04": (*HEADS_CLASS, {"N": 3}, HEADS | {"num_heads": 3}),
+    "04 one head": (*HEADS_CLASS, {"N": 1}, HEADS | {"num_heads": 1}),
+    "05 side pair": (*RANDOM_CLASS, {"N": 3}, {"num_heads": 3}),
+    "05 centre": (*RANDOM_CLASS, {"N": 3, "start": "centre"}, {"init_heads": "centered"}),
+    "06 heads": (*DROPOUT_CLASS, {"N": 3, "p": 0.3}, {"num_heads": 3}),
+    "06 input": (*DROPOUT_CLASS, {"N": 3, "p": 0.3, "drop": "input"}, {"dropout_on": "input"}),
+    "07": (*RLORA_CLASS, {"N": 3, "p": 0.3}, {"num_heads": 3}),
+    "07 one head": (*RLORA_CLASS, {"N": 1, "p": 0.3}, {"num_heads": 1}),
 }
+# What is made wrong in each. With one head the softmax is 1, whatever the router.
+WRONG = {"02": ["A", "B", "s"], "04": ["A", "B", "W_r", "s"], "05": ["A", "B", "W_r", "s", "A0"]}
+WRONG |= {"06": WRONG["05"], "07": WRONG["05"], "05 centre": WRONG["04"]}
+WRONG |= {"04 one head": ["A", "B", "s"], "07 one head": ["A", "B", "s", "A0"]}
 
 
 def chapter_class(notebook: str, name: str) -> type[nn.Module]:
@@ -105,19 +121,42 @@ def test_the_chapter_builds_what_the_module_is(case):
     assert max(found.values()) < 1e-12, found
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("wrong", ["A", "B", "W_r", "s", "A0"])
+@pytest.mark.parametrize(
+    ("case", "wrong"), [(c, w) for c in CASES for w in WRONG.get(c, WRONG[c[:2]])]
+)
 def test_a_layer_made_wrong_is_seen(case, wrong):
     ours, theirs, pairs = twins(case)
-    if not hasattr(ours, wrong):
-        pytest.skip(f"chapter {case} has no {wrong}")
-    if case == "07 one head" and wrong == "W_r":
-        pytest.skip("the softmax of one number is 1, whatever the router")
     with torch.no_grad():
-        value = getattr(ours, wrong)
         if wrong == "s":
             ours.s *= 1.01
         else:
-            value[0] += 0.01  # one row alone: adding to all rows of W_r changes nothing
-    found = compare(ours, theirs, pairs)
-    assert found["output"] > 1e-6, found
+            getattr(ours, wrong)[0] += 0.01  # one row: adding to all of W_r changes nothing
+    assert compare(ours, theirs, pairs)["output"] > 1e-6
+
+
+def test_subtracting_in_place_is_the_side_pair():
+    # Chapter 05's first way to start: the same function, at the start and anywhere else.
+    made = chapter_class(*RANDOM_CLASS)
+    layers = []
+    for start in ("subtract", "side pair"):
+        torch.manual_seed(0)
+        layers.append(made(nn.Linear(D_IN, D_OUT), r=4, N=3, alpha=8, start=start).double())
+    x, (taken, pair) = torch.randn(7, D_IN).double(), layers
+    for moved in (0, 1):
+        with torch.no_grad():
+            for ours, theirs in ((getattr(taken, k), getattr(pair, k)) for k in ("A", "B", "W_r")):
+                theirs.add_(moved * torch.randn_like(theirs))
+                ours.copy_(theirs)
+        torch.testing.assert_close(taken(x), pair(x), atol=1e-6, rtol=0)  # W0 lost some in fp32
+    with torch.no_grad():
+        pair.B0[0] += 0.01
+    assert (taken(x) - pair(x)).abs().max() > 1e-4
+
+
+def test_every_class_of_a_chapter_is_compared():
+    built = set()
+    for path in BOOK.glob("[0-9][0-9]_*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        built |= {(path.stem, name) for name in re.findall(r"^class (\w+Linear)\(", code, re.M)}
+    assert built == {(notebook, name) for notebook, name, _, _ in CASES.values()}
