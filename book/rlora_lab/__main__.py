@@ -1,4 +1,4 @@
-"""`python -m rlora_lab quality|evidence|report|train-base`; each takes --help."""
+"""`python -m rlora_lab quality|evidence|report|speed|train-base`; each takes --help."""
 
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from .methods import METHODS
 from .plan import PLAN, RECORDS, load_plan
 from .quality import DEFAULTS, SUITES, Quality
 from .sentences import Sentences
+from .speed import Speed, tables
 from .tables import table
 from .tasks import Synthetic
 from .train_base import train_base
@@ -178,6 +179,40 @@ def report(
 
     print(write_report(out, plan, records))
     print(f"Written to {out}: report.md, tables as CSV, pictures as PNG and SVG.")
+
+
+@app.command()
+def speed(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="few steps, and the cases of the bars alone")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda", show_default="a GPU where there is one")
+    ] = None,
+    threads: Threads = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of the result", show_default="runs/speed-DEVICE[-quick].json"),
+    ] = None,
+) -> None:
+    """Measure time, memory and arithmetic of a step with each adapter, and say which bars hold.
+
+    The shapes are those of Qwen2.5, the weights random: blocks alone, a few on a CPU, all on a GPU.
+    Times are good for comparison only while the machine has nothing else to do.
+
+
+    A run that was stopped goes on with the case that it stopped in when it is started again.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    console = Console()
+    run = Speed(device, quick=quick, out=out)
+    result = run.run(console)
+    for each in tables(result):
+        console.print(each)
+    if quick:
+        console.print("A quick look, from few steps: leave --quick out for a measurement.")
+    console.print(f"{result['machine']}, {result['date']}; kept in {run.out}")
 
 
 @app.command(name="train-base")
