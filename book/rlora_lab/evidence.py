@@ -14,7 +14,7 @@ where the data came from, machine, threads, workers and versions. Every other li
 and of the test alone:
 
     adapter_parameters, other_parameters
-    kept_bytes          what autograd keeps for the backward of one training batch
+    kept_bytes          what autograd keeps for the backward of one training batch, beside parameters
     similarity          mean cosine of the heads, and of their change: {"heads", "change"}, or null
     entropy             of the routing in units of ln N, a mean over modules, by task: 1 is uniform;
                         null without a router
@@ -22,6 +22,7 @@ and of the test alone:
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -62,7 +63,7 @@ def setting_of(block: Block, workers: int) -> dict:
     here = environment()
     return {
         "block": block.name,
-        "base": block.base,
+        "base": block.base_name,
         "base_source": load_base(block.base).source,
         "suite": block.suite,
         **suite.provenance,
@@ -95,7 +96,7 @@ def _training_bytes(model: PeftModel, suite: Suite, batch: int) -> int:
     device = next(model.parameters()).device
     rows = {k: v.to(device) for k, v in rows.items()}
     model.train()
-    return kept_bytes(model, lambda: model(**rows)["loss"])
+    return kept_bytes(model, lambda: model(**rows)["loss"])[1]
 
 
 def _rounded(value: float, digits: int = 4) -> float | None:
@@ -160,11 +161,14 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _work(run: Run, workers: int, scratch: Path) -> tuple[dict, dict]:
+def _scratch(run: Run) -> Path | None:
     # Checkpoints only where a run takes minutes: on the tiny base it takes seconds.
     name = f"{run.block.name}-{run.stage}-{run.method}-lr{run.learning_rate:g}-seed{run.seed}"
-    folder = None if run.block.base == "tiny" else scratch / name
-    return setting_of(run.block, workers), do_run(run, folder)
+    return None if run.block.base == "tiny" else Path("runs") / "evidence" / name
+
+
+def _work(run: Run, workers: int) -> tuple[dict, dict]:
+    return setting_of(run.block, workers), do_run(run, _scratch(run))
 
 
 def work(
@@ -211,7 +215,6 @@ def work(
         expected = 1.3 * float(np.median(known)) if known else 0.0
         return time.monotonic() - start + expected < 60 * minutes
 
-    scratch = Path("runs") / "evidence"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the workers load torch
     running: dict[Future, Run] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
@@ -225,7 +228,7 @@ def work(
                 busy = set(running.values())
                 free = [run for run in runs if run not in busy and fits(run)]
                 for run in free[: workers - len(running)]:
-                    running[pool.submit(_work, run, workers, scratch)] = run
+                    running[pool.submit(_work, run, workers)] = run
                 names = ", ".join(f"{r.block.name}: {r.method}" for r in running.values())
                 progress.update(bar, description=names, total=done + len(runs) + later)
                 if not running:
@@ -234,6 +237,8 @@ def work(
                     run = running.pop(future)
                     setting, record = future.result()
                     add_record(folder / f"{run.block.name}.jsonl", setting, record)
+                    if checkpoints := _scratch(run):
+                        shutil.rmtree(checkpoints, ignore_errors=True)
                     seconds[run.block.name].append(record["seconds"])
                     done += 1
                     progress.update(bar, completed=done)

@@ -78,6 +78,11 @@ class Block:
         if self.rates and not (len(ratios) and 1 < ratios.min() > 0.95 * ratios.max()):
             refuse(f"rates must be two or more, rising by one ratio, got {list(self.rates)}")
 
+    @property
+    def base_name(self) -> str:
+        """The base as records name it: a folder without the folders above it."""
+        return Path(self.base).name if Path(self.base).is_dir() else self.base
+
 
 @dataclass(frozen=True)
 class Run:
@@ -223,7 +228,7 @@ def read_all(
         settings, result[name] = read_records(folder / f"{name}.jsonl")
         made_by[name] = list(settings.values())
         now = {
-            "base": block.base,
+            "base": block.base_name,
             "suite": block.suite,
             "steps": block.steps,
             "batch": block.batch,
