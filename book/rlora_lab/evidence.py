@@ -14,7 +14,7 @@ where the data came from, machine, threads, workers and versions. Every other li
 and of the test alone:
 
     adapter_parameters, other_parameters
-    kept_bytes          what autograd keeps for the backward of one training batch, beside parameters
+    kept_bytes          what autograd keeps for the backward of a training batch, beside parameters
     similarity          mean cosine of the heads, and of their change: {"heads", "change"}, or null
     entropy             of the routing in units of ln N, a mean over modules, by task: 1 is uniform;
                         null without a router
