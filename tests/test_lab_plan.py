@@ -94,6 +94,7 @@ def test_the_quick_plan_is_the_same_path():
         ({"suite": "songs"}, "unknown suite 'songs': allowed are synthetic"),
         ({"seeds": [1, 1]}, "seeds must hold at least one, and each once"),
         ({"methods": []}, "methods must hold at least one"),
+        ({"sweep_seeds": []}, "sweep_seeds must hold at least one"),
         ({"seeds": [0, 11]}, r"seeds \[11\] stand in seeds and in sweep_seeds"),
         ({"steps": 0}, "steps and batch must be at least 1, got 0 and 4"),
         ({"rates": None}, "either rates or rates_from"),
@@ -177,6 +178,9 @@ def test_rates_from_another_block(tmp_path: Path):
     first = swept("rlora", {0.001: 0.5, 0.002: 0.9, 0.004: 0.5})
     assert sweep(plan, plan["b"], "rlora", {"a": [], "b": []}) == ((), None)
     assert sweep(plan, plan["b"], "rlora", {"a": first, "b": []}) == ((0.001, 0.002, 0.004), None)
+    as_it_is = load_plan(plan_file(tmp_path, a={}, b=later | {"sweep_seeds": []}))
+    assert sweep(as_it_is, as_it_is["b"], "rlora", {"a": [], "b": []}) == ((), None)
+    assert sweep(as_it_is, as_it_is["b"], "rlora", {"a": first, "b": []}) == ((0.002,), 0.002)
     second = swept("rlora", {0.001: 0.9, 0.002: 0.5, 0.004: 0.5, 0.0005: 0.5})
     records = {"a": first, "b": second}
     assert sweep(plan, plan["b"], "rlora", records) == ((0.0005, 0.001, 0.002, 0.004), 0.001)

@@ -331,6 +331,8 @@ def test_tables_say_what_was_measured(tmp_path: Path):
         "0.002": "49.8*",
         "0.004": "29.8",
     }
+    names = [*contrast_table(ideas(result)).index]
+    assert names[0] == "several heads and a router, zero start: HydraLoRA less LoRA"
     contrasts = contrast_table(against_rlora(result))
     assert contrasts.loc["M-LoRA", "verdict"] == "worse" and len(contrasts) == 3
     assert "cosine of change, within methods" in correlation_table(result).index

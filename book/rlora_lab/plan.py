@@ -8,7 +8,8 @@ each other table is a block, one suite of tasks on one base:
     methods, steps, batch
     rates           learning rates to sweep, rising by one ratio; or rates_from: a block whose
                     choice for the method, with a neighbour on each side, is where the sweep begins
-    sweep_seeds     seeds of the sweep, scored on validation data only
+    sweep_seeds     seeds of the sweep, scored on validation data only; none, with rates_from: the
+                    other block's choice is taken as it is
     seeds           seeds of the evaluation, scored on test data only: none of sweep_seeds
     extend          how many rates a sweep may be extended by, for each method
 
@@ -66,7 +67,8 @@ class Block:
             refuse(f"unknown suite {self.suite!r}: allowed are {', '.join(SUITES)}")
         for name in ("methods", "seeds", "sweep_seeds"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
+            empty = not values and not (name == "sweep_seeds" and self.rates_from)
+            if empty or len(set(values)) < len(values):
                 refuse(f"{name} must hold at least one, and each once, got {list(values)}")
         if both := set(self.seeds) & set(self.sweep_seeds):
             refuse(f"seeds {sorted(both)} stand in seeds and in sweep_seeds")
@@ -167,6 +169,8 @@ def sweep(
         _, center = sweep(plan, plan[block.rates_from], method, records)
         if center is None:
             return (), None
+        if not block.sweep_seeds:
+            return (center,), center
         others = plan[block.rates_from].rates
         ratio = others[1] / others[0]
         rates = (_round(center / ratio), center, _round(center * ratio))

@@ -51,9 +51,13 @@ MAIN = ("rlora", "lora", "one-head", "mlora", "hydralora")  # all twelve would h
 SIZES = (2, 4, 8)
 
 
-def label(method: str) -> str:
-    """A method's name in tables and pictures."""
-    return METHOD_STYLES[method]["label"] if method in METHOD_STYLES else method
+def label(name: str) -> str:
+    """The name of a method, or of a contrast, with the methods' names as readers know them."""
+    head, colon, methods = name.rpartition(": ")
+    words = (
+        METHOD_STYLES[m]["label"] if m in METHOD_STYLES else m for m in methods.split(" less ")
+    )
+    return head + colon + " less ".join(words)
 
 
 def _style(method: str, **changes) -> dict:
@@ -275,8 +279,8 @@ def related_plot(found: dict[str, list[Contrast]], against: str = "lora") -> Fig
                 label=f"{kind} tasks" if y == 0 else None,
                 **look,
             )
-    names = [c.name.split(": ") for c in found["related"]]
-    ax.set_yticks(range(len(names)), [f"{name}: {label(method)}" for name, method in names])
+    names = [label(c.name) for c in found["related"]]
+    ax.set_yticks(range(len(names)), names)
     ax.set(xlabel=f"percentage points less {label(against)}, 95 % interval")
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
@@ -335,8 +339,9 @@ def write_report(folder: Path, plan: Path = PLAN, records: Path = RECORDS) -> st
             continue
         table(f"{block}-scores", "Scores", scores_table(result))
         table(f"{block}-tasks", "Tasks", tasks_table(result))
-        table(f"{block}-rates", "Learning rates", rates_table(result))
-        picture(f"{block}-rates", rate_curves(result))
+        if result["sweep_seeds"]:
+            table(f"{block}-rates", "Learning rates", rates_table(result))
+            picture(f"{block}-rates", rate_curves(result))
         if "rlora" in result["methods"] and len(result["methods"]) > 1:
             for metric in result["metrics"]:
                 contrasts = against_rlora(result, metric)

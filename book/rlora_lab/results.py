@@ -138,7 +138,7 @@ def load_evidence(
                 f"chooses {best}. A rate must not be chosen anew after test data was seen."
             )
         chosen[method] = best
-        at_end += [method] if best in (rates[0], rates[-1]) else []
+        at_end += [method] if len(rates) > 1 and best in (rates[0], rates[-1]) else []
         by_method[method] = {r["seed"] for r in tested} & set(asked.seeds)
         sweeps[method] = {rate: {} for rate in rates}
         for record in found:
@@ -185,13 +185,15 @@ def load_evidence(
 def provenance(result: dict) -> str:
     """Where the numbers of a block come from: command, seeds, date, machine, versions."""
     versions = ", ".join(f"{k} {result['versions'][k]}" for k in ("torch", "transformers", "peft"))
+    chosen = f"on validation data with seeds {_span(result['sweep_seeds'])}"
+    if not result["sweep_seeds"]:
+        chosen = "in another block"
     state = "" if result["complete"] else ", not all of the plan yet"
     return (
         f"results/evidence/{result['config']['block']}.jsonl: {result['date']}, "
         f"{result['machine']}, {versions}\n"
         f"made by: {result['command']}{state}\n"
-        f"seeds on test data: {_span(result['seeds'])}; learning rates chosen "
-        f"on validation data with seeds {_span(result['sweep_seeds'])}"
+        f"seeds on test data: {_span(result['seeds'])}; learning rates chosen {chosen}"
     )
 
 
