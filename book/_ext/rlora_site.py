@@ -1,0 +1,113 @@
+"""What the site has beside its chapters, as a Sphinx extension.
+
+The `runs` directive tabulates the stamps of the notebooks; every page gets a description and a link
+preview; `404.html` and `sitemap.xml` are written. The address of the site, which previews, sitemap
+and 404 page need, is `html.baseurl` of `_config.yml`, and where that is not set, the one at which
+GitHub Pages publishes `repository.url`.
+"""
+
+import json
+from html import escape
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+STAMP = "rlora_book"  # as book/execute.py writes it into a notebook's metadata
+COLUMNS = ["date", "seconds", "python", "torch", "peft", "transformers", "machine"]
+PREVIEW = "_static/preview.png"  # 1200 x 630, what previews are cut to
+NOT_FOUND = """
+<h1>There is no such page</h1>
+<p>It may have moved when a chapter was renamed. Look for it in the contents, by the
+<a href="search.html">search</a>, or from the <a href="index.html">first page</a>.</p>
+"""
+
+
+class Runs(SphinxDirective):
+    """A table of when, where and with which versions each notebook of the book last ran."""
+
+    def run(self) -> list[nodes.Node]:
+        names = ["chapter", *COLUMNS]
+        lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+        stamps = []
+        for page in sorted(self.env.found_docs):
+            path = Path(self.env.doc2path(page))
+            if path.suffix != ".ipynb":
+                continue
+            self.env.note_dependency(str(path))
+            stamp = json.loads(path.read_text())["metadata"].get(STAMP, {})
+            if missing := [name for name in COLUMNS if name not in stamp]:
+                raise self.error(f"{path.name} has no {missing} in its stamp: make execute")
+            stamps.append(stamp)
+            cells = [f"[](/{page}.ipynb)", *(str(stamp[name]) for name in COLUMNS)]
+            lines.append("| " + " | ".join(cells) + " |")
+        dates = sorted({stamp["date"] for stamp in stamps})
+        minutes = sum(stamp["seconds"] for stamp in stamps) / 60
+        days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        total = f"{len(stamps)} notebooks, {minutes:.1f} minutes together, run {days}."
+        table = self.parse_text_to_nodes("\n".join([total, "", *lines]))
+        return [nodes.container("", *table, classes=["runs"])]
+
+
+def set_address(app, config) -> None:
+    """Fills in Sphinx's own `html_baseurl`, from which it also makes canonical links."""
+    if not config.html_baseurl:
+        owner, name = urlsplit(config.html_theme_options["repository_url"]).path.split("/")[1:3]
+        config.html_baseurl = f"https://{owner}.github.io/{name}/"
+    config.html_baseurl = config.html_baseurl.rstrip("/") + "/"
+
+
+def add_tags(app, page, template, context, doctree) -> None:
+    """Description and link preview of a page, from its title and its first paragraph."""
+    base = app.config.html_baseurl
+    if page == "404":  # shown for any address, so its relative links start at the site's root
+        context["metatags"] += f'<base href="{escape(urlsplit(base).path)}">\n'
+    if doctree is None:
+        return
+    first = next(iter(doctree.findall(nodes.paragraph)), None)
+    text = " ".join(first.astext().split()) if first else app.config.project
+    text = text if len(text) <= 200 else text[:199].rsplit(" ", 1)[0] + " …"
+    title = next(iter(doctree.findall(nodes.title))).astext()
+    tags = {
+        "og:title": title,
+        "og:description": text,
+        "og:type": "website" if page == app.config.root_doc else "article",
+        "og:site_name": app.config.project,
+        "og:url": base + app.builder.get_target_uri(page),
+        "og:image": base + PREVIEW,
+        "og:image:width": "1200",
+        "og:image:height": "630",
+        "og:image:alt": "The R-LoRA layer: one A, several heads, a router.",
+    }
+    context["metatags"] += f'<meta name="description" content="{escape(text)}">\n'
+    context["metatags"] += '<meta name="twitter:card" content="summary_large_image">\n'
+    for name, content in tags.items():
+        context["metatags"] += f'<meta property="{name}" content="{escape(content)}">\n'
+
+
+def not_found(app):
+    """The page that GitHub Pages shows for an address that it does not have."""
+    yield "404", {"title": "Page not found", "body": NOT_FOUND, "metatags": ""}, "page.html"
+
+
+def write_sitemap(app, exception) -> None:
+    """`sitemap.xml` with every page of the contents."""
+    if exception or app.builder.name != "html":
+        return
+    pages = sorted(app.env.found_docs)
+    places = [escape(app.config.html_baseurl + app.builder.get_target_uri(p)) for p in pages]
+    urls = "".join(f"  <url><loc>{place}</loc></url>\n" for place in places)
+    Path(app.outdir, "sitemap.xml").write_text(
+        '<?xml version="1.0" encoding="utf-8"?>\n'
+        f'<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}</urlset>\n'
+    )
+
+
+def setup(app) -> dict[str, bool]:
+    app.add_directive("runs", Runs)
+    app.connect("config-inited", set_address)
+    app.connect("html-page-context", add_tags)
+    app.connect("html-collect-pages", not_found)
+    app.connect("build-finished", write_sitemap)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
