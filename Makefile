@@ -3,8 +3,10 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 STAMP := .venv/.rlora-installed
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadscope -n 2
 
-.PHONY: book test execute evidence evidence-quick serve clean
+.PHONY: book test test-oldest test-newest test-colab linkcheck execute
+.PHONY: evidence evidence-quick serve clean
 
 # -n: every cross-reference must resolve. -W --keep-going: a warning fails the build, after all
 # of them were shown. --all: nothing old is left. Execution is off (_config.yml): the pages show the
@@ -19,8 +21,39 @@ test: export HF_HUB_OFFLINE = 1
 test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/pytest -n 2 --dist loadgroup
-	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadscope -n 2 book
+	$(BIN)/pytest $(NBVAL) book
+
+# The same with the lowest PEFT and transformers that pyproject.toml claims, and with the newest of
+# everything but torch, which both environments share with .venv.
+OLDEST = $(shell grep -oE '"(peft|transformers)>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/')
+test-oldest test-newest: export OMP_NUM_THREADS = 1
+test-oldest test-newest: export HF_HUB_OFFLINE = 1
+define test-in
+	$(BIN)/python tests/environments.py $(1) torch pip
+	$(1)/bin/python -m pip install --quiet -e '.[lab,book,test]' $(2)
+	$(1)/bin/python -m pip list
+	$(1)/bin/python -m pytest -n 2 --dist loadgroup
+	$(1)/bin/python -m pytest $(NBVAL) book
+endef
+
+test-oldest: $(STAMP)
+	$(call test-in,.venv-oldest,$(OLDEST))
+
+test-newest: $(STAMP)
+	$(call test-in,.venv-newest)
+
+# Every chapter alone, where there is only what Colab has: some minutes, and the network.
+test-colab: export OMP_NUM_THREADS = 1
+test-colab: export HF_HUB_OFFLINE = 1
+test-colab: $(STAMP)
+	$(BIN)/pytest -m "" -v tests/test_colab.py
+
+# Whether the addresses that the book names answer, which needs the network. `make test` looks at
+# the links within the book.
+linkcheck: $(STAMP)
+	$(BIN)/jupyter-book build . --all --builder linkcheck
 
 # Chapters whose stamp is stale, or all of them: make execute ARGS=--force
 execute: $(STAMP)
@@ -53,4 +86,5 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv: some minutes, the first time."
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[lab,book,test]'
+	$(BIN)/pip download --quiet --no-deps -c constraints.txt -d .venv/wheels peft setuptools
 	touch $@

@@ -1,4 +1,6 @@
-"""Fresh virtual environments that share the large packages of this one instead of installing them.
+"""Fresh virtual environments, and fresh copies of the project.
+
+The environments share the large packages of this one instead of installing them:
 
     python tests/environments.py .venv-oldest torch pip
 
@@ -7,6 +9,8 @@ the environment that runs this; pip sees them as installed, leaves them alone, a
 and before them.
 """
 
+import shutil
+import subprocess
 import sys
 import sysconfig
 import venv
@@ -14,6 +18,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def closure(names: list[str]) -> set[str]:
@@ -50,6 +56,19 @@ def create(folder: Path, share: list[str]) -> Path:
     site = Path(sysconfig.get_path("purelib", "venv", vars=paths))
     (site / "shared.pth").write_text(f"{shared}\n")
     return folder / "bin" / "python"
+
+
+def copy_project(folder: Path) -> Path | None:
+    """Copy the working tree without what git ignores; None where it is no git repository."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    run = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=False)
+    if run.returncode:
+        return None
+    for name in run.stdout.split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 if __name__ == "__main__":

@@ -1,0 +1,270 @@
+"""What stands around the code: packages that install, files that agree, claims that were run."""
+
+import copy
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from environments import copy_project, create
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+URL = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+MAKEFILE = (ROOT / "Makefile").read_text()
+WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def named(requirement: str) -> str:
+    return re.match(r"[\w-]+", requirement)[0]
+
+
+# Packages
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The project as a fresh clone has it: nothing left over from other builds."""
+    source = copy_project(tmp_path_factory.mktemp("source"))
+    return source or pytest.skip("no git repository to take the files from")
+
+
+@pytest.fixture(scope="module")
+def packages(source, tmp_path_factory) -> dict[str, Path]:
+    """The source distribution, and the wheel that is built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    build = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source)
+    assert build.returncode == 0, build.stdout + build.stderr
+    (wheel,), (archive,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    return {"wheel": wheel, "sdist": archive}
+
+
+@pytest.mark.xdist_group("packages")
+def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(packages, source):
+    held = {name for name in zipfile.ZipFile(packages["wheel"]).namelist() if "-info/" not in name}
+    folders = {"rlora_min": source / "rlora_min", "rlora_lab": source / "book" / "rlora_lab"}
+    assert held == {
+        f"{name}/{path.relative_to(folder).as_posix()}"
+        for name, folder in folders.items()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+USE = """
+import sys
+import rlora_lab, rlora_min
+from rlora_lab.bases import load_base
+from rlora_lab.results import load_result
+load_base("tiny"), load_result("quality-minilm-sentences-200", say=False)
+for module in (rlora_lab, rlora_min):
+    assert module.__file__.startswith(sys.prefix), module.__file__
+"""
+
+
+@pytest.mark.xdist_group("packages")
+def test_both_install_where_there_is_only_what_they_ask_for(packages, tmp_path):
+    asked = map(named, [*PROJECT["dependencies"], *EXTRAS["lab"]])
+    python = create(tmp_path / "environment", ["pip", "setuptools", *asked])
+    assert "No module named 'rlora_lab'" in run(python, "-c", USE, cwd=tmp_path).stderr
+    pip = [python, "-m", "pip"]
+    wheel = run(*pip, "install", "--no-index", f"rlora-min[lab] @ {packages['wheel'].as_uri()}")
+    assert wheel.returncode == 0, wheel.stdout + wheel.stderr
+    used = run(python, "-c", USE, cwd=tmp_path)
+    assert used.returncode == 0, used.stderr
+    held = run(*pip, "show", "--files", "rlora-min").stdout
+    again = [
+        *pip,
+        "install",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--force-reinstall",
+    ]
+    sdist = run(*again, packages["sdist"])
+    assert sdist.returncode == 0, sdist.stdout + sdist.stderr
+    assert "rlora_lab/data/tiny" in held
+    assert run(*pip, "show", "--files", "rlora-min").stdout == held
+
+
+# Files that agree
+
+
+def environment_faults(environment: dict, project: dict) -> list[str]:
+    """Where environment.yml and pyproject.toml differ."""
+    *packages, last = environment["dependencies"]
+    wanted = {
+        f"python{project['requires-python']}": packages[0],
+        "-c constraints.txt": last["pip"][0],
+        f"-e .[{','.join(project['optional-dependencies'])}]": last["pip"][1],
+    }
+    return [f"{theirs}, not {ours}" for ours, theirs in wanted.items() if ours != theirs]
+
+
+def test_the_conda_environment_is_that_of_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment_faults(environment, PROJECT) == []
+    other = copy.deepcopy(PROJECT)
+    other["optional-dependencies"]["more"] = []
+    assert environment_faults(environment, other) == [
+        "-e .[lab,book,test], not -e .[lab,book,test,more]"
+    ]
+    assert environment_faults(environment, PROJECT | {"requires-python": ">=3.12"})
+
+
+def test_make_installs_every_extra():
+    assert set(re.findall(r"-e '\.\[([\w,]+)\]'", MAKEFILE)) == {",".join(EXTRAS)}
+
+
+def foreign_addresses(texts: dict[str, str]) -> dict[str, set[str]]:
+    """Addresses of the repository that are not the one in _config.yml."""
+    found = {
+        name: set(re.findall(r"https://github\.com/[\w.-]+/rlora-book", text)) - {URL}
+        for name, text in texts.items()
+    }
+    return {name: addresses for name, addresses in found.items() if addresses}
+
+
+def test_the_address_is_that_of_the_configuration():
+    names = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml"]
+    texts = {path.name: path.read_text() for path in [*map(ROOT.joinpath, names), *WORKFLOWS]}
+    assert foreign_addresses(texts) == {}
+    assert foreign_addresses({"a": texts["CITATION.cff"].replace("your_org", "other")})
+
+
+def test_the_version_and_authors_are_those_of_pyproject():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert citation["repository-code"] == URL
+    assert citation["keywords"] == PROJECT["keywords"]
+    assert citation["license"][0] == PROJECT["license"]
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    assert citation["title"] == config["title"]
+    assert citation["authors"] == [{"name": config["author"]}]
+    for licence in ("LICENSE", "LICENSE-TEXT"):
+        assert config["author"] in (ROOT / licence).read_text()
+
+
+def changelog_faults(text: str) -> list[str]:
+    """What differs from the form of Keep a Changelog, and from the version in pyproject.toml."""
+    heads = re.findall(r"^## (.*)$", text, re.M)
+    dated = re.compile(r"\[(\d+\.\d+\.\d+)\] - (Unreleased|\d{4}-\d\d-\d\d)")
+    found = [f"## {head}" for head in heads if not dated.fullmatch(head)]
+    if not found and dated.match(heads[0]).group(1) != PROJECT["version"]:
+        found.append(f"{heads[0]} is not {PROJECT['version']}")
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    return found + [
+        f"### {kind}" for kind in re.findall(r"^### (.*)$", text, re.M) if kind not in kinds
+    ]
+
+
+def test_the_changelog_has_its_form():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert changelog_faults(text) == []
+    for old, new in [("## [", "## v["), ("[0.1.0]", "[0.0.9]"), ("### Added", "### News")]:
+        assert changelog_faults(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_and_commands_lead_somewhere(name):
+    text = (ROOT / name).read_text()
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)", text)
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+    commands = re.findall(r"`make ([\w-]+)", text)
+    assert [c for c in commands if not re.search(rf"^{c}:", MAKEFILE, re.M)] == []
+
+
+def test_the_guide_names_every_part_of_a_chapter_in_order():
+    from test_notebooks import PARTS
+
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"`## ([^`]+)`", guide) == PARTS
+
+
+# Schemas and spelling
+
+
+def check(schema: str, *files: Path) -> subprocess.CompletedProcess:
+    return run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files)
+
+
+SCHEMAS = ["vendor.github-workflows", "custom.github-workflows-require-timeout"]
+
+
+def test_workflows_and_citation_validate():
+    for schema in SCHEMAS:
+        checked = check(schema, *WORKFLOWS)
+        assert checked.returncode == 0, checked.stdout
+    checked = check("vendor.citation-file-format", ROOT / "CITATION.cff")
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_what_does_not_validate_is_seen(tmp_path):
+    broken = tmp_path / "broken.yml"
+    broken.write_text(WORKFLOWS[0].read_text().replace("runs-on:", "run-on:"))
+    assert "runs-on" in check(SCHEMAS[0], broken).stdout
+    broken.write_text(re.sub("timeout-minutes: .*", "", WORKFLOWS[0].read_text()))
+    assert "timeout-minutes" in check(SCHEMAS[1], broken).stdout
+    broken.write_text((ROOT / "CITATION.cff").read_text().replace("message:", "massage:"))
+    assert "message" in check("vendor.citation-file-format", broken).stdout
+
+
+def targets_of(workflow: dict) -> set[str]:
+    """The targets of make that a workflow calls, those of its matrix among them."""
+    found = set()
+    for job in workflow["jobs"].values():
+        found |= set(job.get("strategy", {}).get("matrix", {}).get("target", []))
+        for step in job["steps"]:
+            found |= set(re.findall(r"^make ([\w./-]+)$", step.get("run", ""), re.M))
+    return found
+
+
+def test_workflows_call_targets_that_exist():
+    called = {
+        target for path in WORKFLOWS for target in targets_of(yaml.safe_load(path.read_text()))
+    }
+    assert {"test", "test-oldest", "test-newest", "test-colab", "linkcheck", "book"} <= called
+    known = set(re.findall(r"^([\w-]+):", MAKEFILE, re.M)) | {".venv/.rlora-installed"}
+    assert called - known == set()
+
+
+def test_a_misspelled_word_is_seen(tmp_path):
+    assert "\t$(BIN)/codespell\n" in MAKEFILE
+    (tmp_path / "text.md").write_text("T" + "eh heads.\n")
+    spelled = run(sys.executable, "-m", "codespell_lib", tmp_path)
+    assert (spelled.returncode, "==> The" in spelled.stdout) == (65, True)
+
+
+# Claims that were run
+
+
+def bound(name: str) -> str:
+    """The lowest version that pyproject.toml claims, as make test-oldest reads it."""
+    requirements = [*PROJECT["dependencies"], *EXTRAS["lab"]]
+    (version,) = re.findall(rf"\b{name}>=([\d.]+)", " ".join(requirements))
+    return version
+
+
+def test_make_test_oldest_installs_the_lowest_claimed():
+    dry = run("make", "--dry-run", "test-oldest").stdout
+    (line,) = re.findall(r"^\.venv-oldest/bin/python -m pip install .*$", dry, re.M)
+    assert {f"peft=={bound('peft')}", f"transformers=={bound('transformers')}"} <= set(line.split())
+
+
+def test_the_readme_claims_what_was_run():
+    said = " ".join((ROOT / "README.md").read_text().split())
+    lowest, newest = (
+        f"peft {of('peft')} and transformers {of('transformers')}" for of in (bound, PINS.get)
+    )
+    assert f"torch {PINS['torch']} on CPU: with {lowest}, the lowest" in said
+    assert f"and with {newest} (`make test`)" in said
