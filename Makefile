@@ -53,7 +53,7 @@ test-colab: $(STAMP)
 # Whether the addresses that the book names answer, which needs the network. `make test` looks at
 # the links within the book.
 linkcheck: $(STAMP)
-	$(BIN)/jupyter-book build . --all --builder linkcheck
+	$(BIN)/jupyter-book build . --all --builder linkcheck --path-output _build/linkcheck
 
 # Chapters whose stamp is stale, or all of them: make execute ARGS=--force
 execute: $(STAMP)
