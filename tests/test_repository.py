@@ -198,25 +198,23 @@ def check(schema: str, *files: Path) -> subprocess.CompletedProcess:
     return run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files)
 
 
-SCHEMAS = ["vendor.github-workflows", "custom.github-workflows-require-timeout"]
+SCHEMAS = {
+    "vendor.github-workflows": WORKFLOWS,
+    "custom.github-workflows-require-timeout": WORKFLOWS,
+    "vendor.github-issue-forms": sorted(ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")),
+    "vendor.citation-file-format": [ROOT / "CITATION.cff"],
+}
+# What each must have, which is taken away.
+NEEDED = ["runs-on", "timeout-minutes", "description", "message"]
 
 
-def test_workflows_and_citation_validate():
-    for schema in SCHEMAS:
-        checked = check(schema, *WORKFLOWS)
-        assert checked.returncode == 0, checked.stdout
-    checked = check("vendor.citation-file-format", ROOT / "CITATION.cff")
+@pytest.mark.parametrize(("schema", "needed"), list(zip(SCHEMAS, NEEDED, strict=True)))
+def test_files_validate_and_broken_ones_are_seen(schema, needed, tmp_path):
+    checked = check(schema, *SCHEMAS[schema])
     assert checked.returncode == 0, checked.stdout
-
-
-def test_what_does_not_validate_is_seen(tmp_path):
     broken = tmp_path / "broken.yml"
-    broken.write_text(WORKFLOWS[0].read_text().replace("runs-on:", "run-on:"))
-    assert "runs-on" in check(SCHEMAS[0], broken).stdout
-    broken.write_text(re.sub("timeout-minutes: .*", "", WORKFLOWS[0].read_text()))
-    assert "timeout-minutes" in check(SCHEMAS[1], broken).stdout
-    broken.write_text((ROOT / "CITATION.cff").read_text().replace("message:", "massage:"))
-    assert "message" in check("vendor.citation-file-format", broken).stdout
+    broken.write_text(re.sub(f"(?m)^( *){needed}: .*$", "", SCHEMAS[schema][0].read_text()))
+    assert needed in check(schema, broken).stdout
 
 
 def targets_of(workflow: dict) -> set[str]:
