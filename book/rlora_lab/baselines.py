@@ -33,9 +33,10 @@ class _Heads(nn.Module):
         self.start()
 
     def base_and_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W0 x, x in the type of the adapter, and s g(x): (..., d_out), (..., d_in), (..., N)."""
+        """W0 x, x in the adapter's type, and s g(x) in that of W0 x: (..., d_out), (..., d_in),
+        (..., N)."""
         h, x = F.linear(x, self.weight, self.bias), x.to(self.A.weight.dtype)
-        return h, x, self.s * self.router(x).softmax(-1, torch.float32)
+        return h, x, (self.s * self.router(x).softmax(-1, torch.float32)).to(h)
 
 
 class PublishedRLora(_Heads):
@@ -60,10 +61,9 @@ class PublishedRLora(_Heads):
 
     def forward(self, x: Tensor) -> Tensor:
         h, x, g = self.base_and_weights(x)
-        dtype = h.dtype
         for i, B in enumerate(self.heads):
-            h = h + g[..., i : i + 1].to(x) * B(F.dropout(self.A(x), self.p, self.training))
-        return h.to(dtype)
+            h = h + g[..., i : i + 1] * B(F.dropout(self.A(x), self.p, self.training))
+        return h.to(g.dtype)
 
 
 class PublishedHydraLora(_Heads):
@@ -79,10 +79,9 @@ class PublishedHydraLora(_Heads):
 
     def forward(self, x: Tensor) -> Tensor:
         h, x, g = self.base_and_weights(x)
-        dtype = h.dtype
         for i, B in enumerate(self.heads):
-            h = h + g[..., i : i + 1].to(x) * B(self.A(F.dropout(x, self.p, self.training)))
-        return h.to(dtype)
+            h = h + g[..., i : i + 1] * B(self.A(F.dropout(x, self.p, self.training)))
+        return h.to(g.dtype)
 
 
 def publish(model: nn.Module, form: type[_Heads], targets: str, **settings) -> nn.Module:
