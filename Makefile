@@ -5,8 +5,8 @@ BIN := .venv/bin
 STAMP := .venv/.rlora-installed
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadscope -n 2
 
-.PHONY: book test test-oldest test-newest test-colab linkcheck execute
-.PHONY: evidence evidence-quick serve clean
+.PHONY: book test browser test-oldest test-newest test-colab linkcheck execute
+.PHONY: bench evidence evidence-quick serve clean
 
 # -n: every cross-reference must resolve. -W --keep-going: a warning fails the build, after all
 # of them were shown. --all: nothing old is left. Execution is off (_config.yml): the pages show the
@@ -24,6 +24,15 @@ test: $(STAMP)
 	$(BIN)/codespell
 	$(BIN)/pytest -n 2 --dist loadgroup
 	$(BIN)/pytest $(NBVAL) book
+
+# The browser that looks at the pages in `make test`, from the system's packages. Without one those
+# tests are skipped, and say so.
+SUDO = $(shell test "$$(id -u)" = 0 || echo sudo)
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+		command -v apt-get > /dev/null || \
+			{ echo "Install chromium by this system's own means." >&2; exit 1; }; \
+		$(SUDO) apt-get update && $(SUDO) apt-get install --yes chromium; }
 
 # The same with the lowest PEFT and transformers that pyproject.toml claims, and with the newest of
 # everything but torch, which both environments share with .venv.
@@ -58,6 +67,11 @@ linkcheck: $(STAMP)
 # Chapters whose stamp is stale, or all of them: make execute ARGS=--force
 execute: $(STAMP)
 	$(BIN)/python book/execute.py $(ARGS)
+
+# Time, memory and arithmetic of a step, on a machine that has nothing else to do; it can be stopped
+# and started again. Two minutes: make bench ARGS=--quick
+bench: $(STAMP)
+	$(BIN)/python -m rlora_lab speed $(ARGS)
 
 # Runs what is missing of the plan, hours of it, and can be stopped and started again; then the
 # tables and pictures. A part: make evidence ARGS="--only synthetic --minutes 90"
