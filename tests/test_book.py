@@ -2,11 +2,11 @@
 
 import html.parser
 import re
-import subprocess
-import sys
+import struct
 import tomllib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -58,6 +58,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, path: Path):
         super().__init__()
         self.path, self.loads, self.images, self.links, self.ids = path, [], [], [], set()
+        self.tags = {}
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attrs):
@@ -65,6 +66,8 @@ class Page(html.parser.HTMLParser):
         self.ids |= {attrs[key] for key in ("id", "name") if attrs.get(key)}
         if attrs.get(LOADING.get(tag, "")) and attrs.get("rel") != "canonical":
             self.loads.append(attrs[LOADING[tag]])
+        if tag == "meta" and "content" in attrs:
+            self.tags[attrs.get("property") or attrs.get("name")] = attrs["content"]
         if tag == "img":
             self.images.append(attrs)
         if tag == "a" and attrs.get("href"):
@@ -72,15 +75,9 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory) -> dict[str, Page]:
+def site(built) -> dict[str, Page]:
     """The pages of a strict build, by their address in the site."""
-    out = tmp_path_factory.mktemp("book")
-    command = [Path(sys.executable).parent / "jupyter-book", "build", ROOT, "--path-output", out]
-    run = subprocess.run(
-        [*command, "-n", "-W", "--keep-going"], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    root = out / "_build" / "html"
+    root = built.root
     return {p.relative_to(root).as_posix(): Page(p) for p in sorted(root.rglob("*.html"))}
 
 
@@ -134,6 +131,66 @@ def test_every_picture_has_alt_text(site):
 @pytest.mark.xdist_group("site")
 def test_no_link_into_the_site_is_dead(site):
     assert {name: dead(site, name) for name in site if dead(site, name)} == {}
+
+
+@pytest.mark.xdist_group("site")
+def test_the_site_is_light_and_built_quickly(built, site):
+    """A page's own weight: its HTML and its pictures; what all pages share comes once."""
+    assert built.seconds < 60
+    for name, page in site.items():
+        pictures = {(page.path.parent / unquote(i["src"])).resolve() for i in page.images}
+        weight = sum(path.stat().st_size for path in [page.path, *pictures])
+        assert weight < 1e6, f"{name} weighs {weight / 1e6:.2f} MB"
+
+
+def test_no_notebook_is_heavy():
+    heavy = {p.name: p.stat().st_size for p in CHAPTERS if p.stat().st_size > 1.5e6}
+    assert heavy == {}
+
+
+def address() -> str:
+    """Where the site stands: `html.baseurl`, else where GitHub Pages publishes the repository."""
+    owner, name = urlsplit(CONFIG["repository"]["url"]).path.split("/")[1:3]
+    return CONFIG["html"].get("baseurl") or f"https://{owner}.github.io/{name}/"
+
+
+@pytest.mark.xdist_group("site")
+def test_the_sitemap_has_every_page(built):
+    tree = ElementTree.parse(built.root / "sitemap.xml")
+    listed = [
+        element.text for element in tree.iter("{http://www.sitemaps.org/schemas/sitemap/0.9}loc")
+    ]
+    assert listed == sorted(f"{address()}{page}.html" for page in ["index", *PAGES])
+
+
+@pytest.mark.xdist_group("site")
+def test_every_page_has_a_link_preview(built, site):
+    for page in ["index", *PAGES]:
+        tags = site[f"{page}.html"].tags
+        assert tags["og:url"] == f"{address()}{page}.html"
+        assert 3 < len(tags["og:title"]) < 80
+        assert 40 < len(tags["og:description"]) <= 200, page
+        assert not re.search(r"[$\\{]|not set", tags["og:title"] + tags["og:description"]), page
+        assert tags["description"] == tags["og:description"]
+        picture = built.root / tags["og:image"].removeprefix(address())
+        assert picture.stat().st_size < 300_000
+        width, height = struct.unpack(">II", picture.read_bytes()[16:24])  # of a PNG
+        assert (str(width), str(height)) == (tags["og:image:width"], tags["og:image:height"])
+    assert len({site[f"{page}.html"].tags["og:description"] for page in PAGES}) == len(PAGES)
+
+
+@pytest.mark.xdist_group("site")
+def test_the_404_page_starts_at_the_root_of_the_site(site):
+    text = site["404.html"].path.read_text()
+    base = f'<base href="{urlsplit(address()).path}">'
+    assert base in text and text.index(base) < min(map(text.index, ('href="_static', 'src="')))
+    assert "<base" not in site["index.html"].path.read_text()
+
+
+@pytest.mark.xdist_group("site")
+def test_every_page_says_under_which_licence_it_stands(site):
+    for page in ["index", *PAGES]:
+        assert "CC-BY-4.0. Code: MIT" in site[f"{page}.html"].path.read_text()
 
 
 def test_a_foreign_script_and_a_dead_link_are_seen(tmp_path):

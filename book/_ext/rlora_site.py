@@ -7,6 +7,7 @@ GitHub Pages publishes `repository.url`.
 """
 
 import json
+import re
 from html import escape
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -65,8 +66,13 @@ def add_tags(app, page, template, context, doctree) -> None:
         context["metatags"] += f'<base href="{escape(urlsplit(base).path)}">\n'
     if doctree is None:
         return
+    # docutils calls citations a list, of entries that are no list items: a screen reader stumbles.
+    context["body"] = context["body"].replace(
+        'role="list" class="citation-list"', 'class="citation-list"'
+    )
     first = next(iter(doctree.findall(nodes.paragraph)), None)
-    text = " ".join(first.astext().split()) if first else app.config.project
+    text = first.astext() if first else app.config.project
+    text = " ".join(re.sub(r"\\([a-zA-Z]*)|[{}$]", r" \1", text).split())  # formulas as words
     text = text if len(text) <= 200 else text[:199].rsplit(" ", 1)[0] + " …"
     title = next(iter(doctree.findall(nodes.title))).astext()
     tags = {

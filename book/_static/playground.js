@@ -150,7 +150,7 @@
       <p class="control"><label for="set-${key}">${label}</label>
       <input id="set-${key}" type="${type}" min="${min}" max="${max}" step="${step}"
         value="${value}" required aria-describedby="playground-error">
-      ${type === "range" ? `<output for="set-${key}" id="is-${key}"></output>` : ""}</p>`;
+      ${type === "range" ? `<output for="set-${key}" id="is-${key}" aria-live="off"></output>` : ""}</p>`;
     const row = ([key, label]) => `
       <tr><th scope="row">${label}</th><td><output id="out-${key}" aria-live="off"></output></td></tr>`;
     root.innerHTML = `
