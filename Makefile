@@ -57,7 +57,7 @@ test-newest: $(STAMP)
 test-colab: export OMP_NUM_THREADS = 1
 test-colab: export HF_HUB_OFFLINE = 1
 test-colab: $(STAMP)
-	$(BIN)/pytest -m "" -v tests/test_colab.py
+	$(BIN)/pytest -m "" -v -n 2 tests/test_colab.py
 
 # Whether the addresses that the book names answer, which needs the network. `make test` looks at
 # the links within the book.
