@@ -1,0 +1,439 @@
+"""The site as a reader has it, in a real browser: chromium from the system, driven by Playwright.
+
+It stands below a path, as on GitHub Pages, and an address that it does not have gets its 404 page.
+"""
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from peft import get_peft_model
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from test_book import CHAPTERS, CONFIG, PAGES
+from torch import nn
+
+from rlora_min import RLoraConfig, head_similarity
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+PATH = "/" + urlsplit(CONFIG["repository"]["url"]).path.split("/")[2] + "/"
+MISSING = "no/such/page.html"
+ALL = [*(f"{page}.html" for page in ["index", *PAGES]), "search.html", "genindex.html", MISSING]
+WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
+
+pytestmark = [
+    pytest.mark.xdist_group("site"),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: make browser installs it"),
+]
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def translate_path(self, path: str) -> str:
+        path = urlsplit(path).path
+        return super().translate_path("/" + path.removeprefix(PATH) if PATH in path else "/none")
+
+    def send_error(self, code, *args) -> None:
+        body = open(self.directory + "/404.html", "rb").read()
+        self.send_response(code)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(built) -> Iterator[str]:
+    handler = functools.partial(Handler, directory=str(built.root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}{PATH}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address) -> Iterator[Page]:
+    context = browser.new_context(base_url=address, viewport=WIDE)
+    context.set_default_timeout(10_000)
+    yield context.new_page()
+    context.close()
+
+
+def violations(page: Page, only: list[str] | None = None) -> list[str]:
+    """What axe-core finds serious or critical, with the elements concerned."""
+    # Contrast is measured below, on every text: axe-core takes a minute for that on a chapter.
+    options = {"resultTypes": ["violations"], "preload": False}
+    options |= {"runOnly": only} if only else {"rules": {"color-contrast": {"enabled": False}}}
+    found = Axe().run(page, options=options).response
+    return [
+        f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}"
+        for rule in found["violations"]
+        if rule["impact"] in ("serious", "critical")
+        for node in rule["nodes"]
+    ]
+
+
+# The contrast of each text that can be seen, as WCAG 2 defines it, from the computed colours: one
+# entry a pair of colours, with what is asked of it (3 for large text, else 4.5) and a sample.
+CONTRAST = """() => {
+    const parse = text => {
+        const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number);
+        return text.startsWith('color(srgb') ? [255 * r, 255 * g, 255 * b, a] : [r, g, b, a];
+    };
+    const over = ([r, g, b, a], under) => [r, g, b].map((c, i) => a * c + (1 - a) * under[i]);
+    const light = rgb => {
+        const [r, g, b] = rgb.map(c => c / 255)
+            .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const grounds = new Map();
+    const ground = element => {
+        if (!element) return [255, 255, 255];
+        if (!grounds.has(element)) {
+            const own = parse(getComputedStyle(element).backgroundColor);
+            grounds.set(element, over(own, own[3] < 1 ? ground(element.parentElement) : own));
+        }
+        return grounds.get(element);
+    };
+    const found = new Map();
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const element = texts.currentNode.parentElement;
+        if (!texts.currentNode.data.trim() || !element.checkVisibility(
+            {checkOpacity: true, checkVisibilityCSS: true})) continue;
+        if (element.closest('script, style, .katex-mathml, .visually-hidden, option')) continue;
+        const style = getComputedStyle(element);
+        const color = parse(element.closest('svg') ? style.fill : style.color);
+        const behind = ground(element.closest('svg')?.parentElement ?? element);
+        const [high, low] = [light(over(color, behind)), light(behind)].sort((a, b) => b - a);
+        const size = parseFloat(style.fontSize);
+        const large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+        const key = [...color, ...behind, large].join();
+        if (!found.has(key)) found.set(key, [(high + 0.05) / (low + 0.05), large ? 3 : 4.5,
+            texts.currentNode.data.trim().slice(0, 60)]);
+    }
+    return [...found.values()];
+}"""
+
+
+def faint(contrasts: list[list]) -> list[list]:
+    """Of what CONTRAST found, the texts that are hard to read."""
+    return [found for found in contrasts if found[0] < found[1]]
+
+
+# Formulas and coloured code are many thousands of spans: boxes of their size do for axe-core.
+SIMPLER = """() => {
+    for (const box of document.querySelectorAll('.katex, .highlight pre')) {
+        const {width, height} = box.getBoundingClientRect();
+        box.textContent = box.textContent.slice(0, 20);
+        Object.assign(box.style, {display: 'inline-block', width: `${width}px`,
+            height: `${height}px`, overflow: box.matches('pre') ? 'auto' : 'hidden'});
+    }
+}"""
+
+OVERFLOW = """() => [...document.querySelectorAll('.bd-article *, p')]
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1
+        && !e.closest('pre, table, svg, .cell_output, .katex, .math, [tabindex]'))
+    .slice(0, 5).map(e => e.outerHTML.slice(0, 160))"""
+
+
+@pytest.fixture(scope="module")
+def look(browser, address):
+    """What one page shows in light, in dark and at a phone's width; each is looked at once."""
+
+    @functools.cache
+    def visit(name: str) -> dict:
+        context = browser.new_context(base_url=address, viewport=WIDE, color_scheme="light")
+        context.set_default_timeout(30_000)
+        page = context.new_page()
+        seen = {"errors": [], "requests": [], "missing": []}
+        page.on("console", lambda m: m.type == "error" and seen["errors"].append(m.text))
+        page.on("pageerror", lambda error: seen["errors"].append(str(error)))
+        page.on("request", lambda request: seen["requests"].append(request.url))
+        page.on("requestfailed", lambda request: seen["missing"].append(request.url))
+        page.on("response", lambda r: r.status >= 400 and seen["missing"].append(r.url))
+        page.goto(name, wait_until="networkidle")
+        seen["math"] = page.locator(".bd-article .math").count()
+        seen["drawn"] = page.locator(".bd-article .math .katex").count()
+        seen["badly"] = page.locator(".katex-error").count()
+        seen["text"] = page.evaluate("document.querySelector('main').innerText")
+        seen["light"] = page.evaluate(CONTRAST)
+        page.set_viewport_size(PHONE)
+        seen["width"] = page.evaluate("document.documentElement.scrollWidth")
+        seen["too wide"] = page.evaluate(OVERFLOW)
+        seen["violations"] = violations(page, ["scrollable-region-focusable"])
+        page.set_viewport_size(WIDE)
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+        page.wait_for_timeout(300)  # the theme fades from one to the other
+        seen["dark"] = page.evaluate(CONTRAST)
+        page.evaluate(SIMPLER)
+        seen["violations"] += violations(page)
+        context.close()
+        return seen
+
+    return visit
+
+
+pages = pytest.mark.parametrize("name", ALL)
+
+
+@pages
+def test_a_page_loads_whole_and_from_this_host_alone(look, address, name):
+    seen = look(name)
+    if name == MISSING:  # the one answer that has to be 404
+        assert seen["missing"] == [address + MISSING]
+        assert len(seen["errors"]) == 1
+    else:
+        assert (seen["errors"], seen["missing"]) == ([], [])
+    foreign = [url for url in seen["requests"] if not url.startswith((address, "data:"))]
+    assert foreign == []
+
+
+@pages
+def test_mathematics_is_drawn(look, name):
+    seen = look(name)
+    assert seen["drawn"] >= seen["math"] and seen["badly"] == 0
+    assert not re.search(r"\$\$|\\\(|\\\[|\\frac|\\mathrm", seen["text"])
+
+
+@pages
+def test_nothing_is_wider_than_a_phone(look, name):
+    seen = look(name)
+    assert seen["too wide"] == [] and seen["width"] <= PHONE["width"]
+
+
+@pages
+def test_axe_finds_nothing_serious(look, name):
+    assert look(name)["violations"] == []
+
+
+@pages
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_text_can_be_read(look, name, theme):
+    contrasts = look(name)[theme]
+    assert len(contrasts) >= 3 and faint(contrasts) == []
+
+
+def test_chapters_have_mathematics(look):
+    assert all(look(f"{name}.html")["math"] > 10 for name in PAGES if re.match(r"book/\d", name))
+
+
+def test_faults_are_seen(browser, address, tmp_path):
+    """The checks above, on a page with every fault that they look for."""
+    bad = tmp_path / "bad.html"
+    bad.write_text(
+        "<!doctype html><html><head><title>bad</title></head><body><main style='width:900px'>"
+        "<p style='color:#999;background:#fff'>hardly to be read</p><input><p>$$x$$</p></main>"
+    )
+    page = browser.new_page(viewport=PHONE)
+    page.goto(bad.as_uri())
+    found = {text.split(":")[0] for text in violations(page)}
+    assert {"label", "html-has-lang"} <= found
+    assert faint(page.evaluate(CONTRAST)) == [
+        [pytest.approx(2.85, abs=0.01), 4.5, "hardly to be read"]
+    ]
+    assert page.evaluate("document.documentElement.scrollWidth") > PHONE["width"]
+    assert page.evaluate(OVERFLOW)
+    page.close()
+
+
+def test_next_goes_through_the_whole_book(page):
+    page.goto("index.html")
+    seen = []
+    while (link := page.locator("a.right-next")).count():
+        with page.expect_navigation():
+            link.click()
+        seen.append(urlsplit(page.url).path.removeprefix(PATH).removesuffix(".html"))
+        assert page.locator("a.left-prev").count() == 1
+    assert seen == PAGES
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_search_finds_a_word(page, size):
+    page.set_viewport_size(size)
+    page.goto("book/glossary.html")
+    page.locator("button.search-button, button.search-button-field").locator("visible=true").click()
+    page.locator("dialog input[type=search]").fill("dropout")
+    page.keyboard.press("Enter")
+    results = page.locator("#search-results li a")
+    expect(page.locator("#search-results")).to_contain_text("Dropout for each head")
+    target = results.filter(has_text="Dropout for each head").first
+    target.click()
+    expect(page.locator("article h1")).to_contain_text("Dropout for each head")
+
+
+def test_a_missing_page_leads_back(page):
+    assert page.goto(MISSING).status == 404
+    expect(page.locator("article h1")).to_contain_text("There is no such page")
+    page.locator("article a", has_text="first page").click()
+    expect(page.locator("article h1")).to_contain_text("R-LoRA, built and measured")
+
+
+@pytest.mark.parametrize("by", ["mouse", "keyboard"])
+def test_folded_solutions_open(page, by):
+    page.goto("book/04_many_heads.html")
+    folded = page.locator("details.hide").last
+    code = folded.locator("pre").first
+    expect(code).to_be_hidden()
+    summary = folded.locator("summary")
+    if by == "mouse":
+        summary.click()
+    else:
+        summary.focus()
+        page.keyboard.press("Enter")
+    expect(code).to_be_visible()
+
+
+def test_the_status_page_tells_each_run(page, built):
+    """Every stamp, as it stands in the notebooks."""
+    page.goto("book/status.html")
+    rows = page.locator(".runs tbody tr").all()
+    assert len(rows) == len(CHAPTERS)
+    for row, path in zip(rows, CHAPTERS, strict=True):
+        stamp = json.loads(path.read_text())["metadata"]["rlora_book"]
+        told = {text.strip() for text in row.locator("td").all_inner_texts()}
+        assert {str(stamp[key]) for key in stamp if key != "hash"} <= told
+
+
+# The playground
+
+
+def fill(page: Page, **settings) -> None:
+    for key, value in settings.items():
+        page.locator(f"#set-{key}").fill(str(value))
+
+
+def shown(page: Page, key: str) -> float:
+    """The first number of an output."""
+    text = page.locator(f"#out-{key}").inner_text().replace(",", "").split("±")[-1]
+    return float(re.search(r"[\d.]+", text)[0])
+
+
+def kept(model: nn.Module, x: torch.Tensor) -> int:
+    """How many numbers autograd keeps for the backward pass, those of the layer left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    found = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        h = model(x)  # alive, so that no address is used twice
+    assert h.requires_grad
+    return sum(found.values()) // 4
+
+
+def adapted(N, r, p, d_in, d_out, alpha=32.0, gamma=64.0) -> nn.Module:
+    config = RLoraConfig(
+        r=r, num_heads=N, lora_dropout=p, lora_alpha=alpha, gamma=gamma, target_modules=["0"]
+    )
+    return get_peft_model(nn.Sequential(nn.Linear(d_in, d_out, bias=False)), config).train()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"N": 5, "r": 4, "d_in": 4864, "d_out": 896},
+        {"N": 1, "r": 8, "d_in": 64, "d_out": 48, "p": 0},
+        {"N": 16, "r": 3, "d_in": 100, "d_out": 70, "p": 0.5},
+        {"N": 2, "r": 64, "d_in": 7, "d_out": 5, "alpha": 8, "gamma": 2.5},
+    ],
+)
+def test_the_playground_counts_what_rlora_min_has(page, settings):
+    page.goto("book/playground.html")
+    fill(page, **settings)
+    settings = {"N": 3, "r": 4, "p": 0.1, "d_in": 896, "d_out": 4864} | settings  # the defaults
+    model = adapted(**settings)
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    parts = {"A": "rlora_A.", "heads": "rlora_B.", "router": "rlora_router."}
+    for key, part in parts.items():
+        assert shown(page, key) == sum(n for name, n in sizes.items() if part in name)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shown(page, "trained") == trained
+    frozen = sum(n for name, n in sizes.items() if "rlora_A0" in name or "rlora_B0" in name)
+    assert shown(page, "pair") == frozen
+    d_in, d_out = settings["d_in"], settings["d_out"]
+    assert shown(page, "lora") == pytest.approx(trained / (d_in + d_out), abs=0.006)
+    assert shown(page, "share") == pytest.approx(100 * trained / (d_in * d_out), rel=0.006)
+    one, two = (kept(model, torch.randn(T, d_in, requires_grad=True)) for T in (3, 4))
+    assert shown(page, "kept") == two - one
+    assert shown(page, "bytes") == 4 * (two - one)
+    assert shown(page, "once") == one - 3 * (two - one)
+    config = model.peft_config["default"]
+    assert shown(page, "s") == pytest.approx(config.scaling, rel=0.006)
+
+
+def test_the_playground_foretells_how_a_layer_starts(page):
+    torch.manual_seed(0)
+    settings = {"N": 6, "r": 8, "p": 0.3, "d_in": 256, "d_out": 512, "alpha": 12, "gamma": 40}
+    page.goto("book/playground.html")
+    fill(page, **settings)
+    model = adapted(**settings)
+    layer = model.base_model.model[0]
+    A, B = layer.rlora_A["default"].weight, layer.rlora_B["default"].weight
+    x = torch.randn(256, 256)
+    out = model.peft_config["default"].scaling * x @ A.T @ B.unflatten(1, (6, 8))[:, 0].T
+    assert shown(page, "start") == pytest.approx(out.square().mean().sqrt().item(), rel=0.15)
+    off = ~torch.eye(6, dtype=torch.bool)
+    cosines = head_similarity(model)["0"][off]
+    assert shown(page, "cosine") == pytest.approx(cosines.std().item(), rel=0.7)
+    delta = torch.randn(256, 512)
+    (model(x) * delta).sum().backward()
+    heads = B.grad.unflatten(1, (6, 8)).transpose(0, 1).flatten(1)
+    alike = torch.corrcoef(heads)[off].mean().item()
+    assert shown(page, "gradients") == pytest.approx(alike, abs=0.1)
+
+
+def test_the_playground_by_keyboard_and_ear(page):
+    page.goto("book/playground.html")
+    heads = page.get_by_label("heads N")
+    heads.focus()
+    page.keyboard.press("ArrowRight")
+    assert heads.input_value() == "4" and page.locator("#is-N").inner_text() == "4"
+    expect(page.locator("#playground-status")).to_contain_text("4 heads of rank 4")
+    expect(page.get_by_role("img", name="Each of 4 heads")).to_be_visible()
+    before = shown(page, "trained")
+    page.get_by_label("inputs d_in").fill("0")
+    expect(page.get_by_role("alert")).to_contain_text("inputs d_in must be a whole number from 1")
+    assert shown(page, "trained") == before
+    page.get_by_role("button", name="Start again").click()
+    expect(page.locator("#is-N")).to_have_text("3")
+    assert page.get_by_role("alert").inner_text() == ""
+    picture = page.locator("#playground svg")
+    masks = picture.inner_html()
+    page.get_by_label("dropout p").fill("0.5")
+    page.get_by_role("button", name="Draw new masks").click()
+    assert picture.inner_html() != masks
+
+
+def test_without_scripts_there_is_a_picture_in_its_place(browser, address):
+    page = browser.new_page(base_url=address, java_script_enabled=False)
+    page.goto("book/playground.html")
+    picture = page.locator('article img[src*="rlora_layer"]')
+    expect(picture).to_be_visible()
+    assert "frozen side pair" in picture.get_attribute("alt")
+    assert page.locator("#playground").count() == 0
+    page.close()
