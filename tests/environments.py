@@ -23,17 +23,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def closure(names: list[str]) -> set[str]:
-    """The named distributions and all that they need here, extras apart."""
-    found: set[str] = set()
-    waiting = list(names)
+    """The named distributions and all that they need here."""
+    found: set[tuple[str, str]] = set()  # a name and one of its extras, or ""
+    waiting = [Requirement(name) for name in names]
     while waiting:
-        name = waiting.pop().lower().replace("_", "-")
-        if name in found:
-            continue
-        found.add(name)
-        needs = map(Requirement, distribution(name).requires or [])
-        waiting += [r.name for r in needs if not r.marker or r.marker.evaluate({"extra": ""})]
-    return found
+        wanted = waiting.pop()
+        for extra in {"", *wanted.extras}:
+            if (wanted.name, extra) in found:
+                continue
+            found.add((wanted.name, extra))
+            needs = map(Requirement, distribution(wanted.name).requires or [])
+            waiting += [r for r in needs if not r.marker or r.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
 
 
 def create(folder: Path, share: list[str]) -> Path:
