@@ -212,18 +212,19 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         if not self.disable_adapters and not self.merged:
             for adapter_name in self.active_adapters:
                 if adapter_name in self.rlora_A:
-                    result = result + self._update(x, adapter_name)
+                    update = self._update(x, adapter_name)  # takes the sum: large new tensors cost
+                    same = update.dtype == result.dtype
+                    result = update.add_(result) if same else result + update
         return result.to(base.dtype)
 
     def _update(self, x: Tensor, adapter_name: str) -> Tensor:
-        """s sum_i g_i B_i D_i(A x) - s Bbar0 A0 x: (..., d_in) -> (..., d_out)"""
+        """s sum_i g_i B_i D_i(A x) - s Bbar0 A0 x, a new tensor: (..., d_in) -> (..., d_out)"""
         config = self.configs[adapter_name]
         N, r, s, p = config.num_heads, config.r, config.scaling, config.lora_dropout
         A, B = self.rlora_A[adapter_name].weight, self.rlora_B[adapter_name].weight
         W_r = [self.rlora_router[adapter_name].weight] if adapter_name in self.rlora_router else []
         A0 = [self.rlora_A0[adapter_name]] if adapter_name in self.rlora_A0 else []
-        x = self._cast_input_dtype(x, A.dtype)
-        down = torch.cat([A, *W_r, *A0])  # (r [+ N] [+ r], d_in)
+        x, down = self._cast_input_dtype(x, A.dtype), torch.cat([A, *W_r, *A0])
         if config.dropout_on == "input" and self.training and p > 0:  # only A sees the masked x
             Ax, rest = F.linear(F.dropout(x, p), A), F.linear(x, down[r:])
         else:
@@ -232,9 +233,8 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         if W_r:
             g = rest[..., :N].softmax(-1, torch.promote_types(A.dtype, torch.float32)).to(Ax)
         heads = (s * g).unsqueeze(-1) * Ax.unsqueeze(-2)  # (..., N, r)
-        if config.dropout_on == "heads":
-            heads = F.dropout(heads, p, self.training)  # D_i: a mask for each head
-        heads = heads.flatten(-2)  # concat_i(s g_i D_i(A x)): (..., N r)
+        masked = self.training and config.dropout_on == "heads"  # D_i: a mask for each head
+        heads = F.dropout(heads, p, masked).flatten(-2)  # concat_i(s g_i D_i(A x)): (..., N r)
         if A0:
             heads = torch.cat([heads, -s * rest[..., -r:]], -1)  # (..., N r + r)
             B = torch.cat([B, self.rlora_B0[adapter_name]], 1)  # (d_out, N r + r)

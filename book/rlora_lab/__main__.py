@@ -205,7 +205,7 @@ def speed(
     """
     if threads:
         torch.set_num_threads(threads)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 100)
     run = Speed(device, quick=quick, out=out)
     result = run.run(console)
     for each in tables(result):
