@@ -100,5 +100,6 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv: some minutes, the first time."
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[lab,book,test]'
-	$(BIN)/pip download --quiet --no-deps -c constraints.txt -d .venv/wheels peft setuptools
+	$(BIN)/pip download --quiet --no-deps -c constraints.txt -d .venv/wheels \
+		alembic colorlog mako optuna peft setuptools
 	touch $@

@@ -21,6 +21,22 @@ def kind(request):
     return KINDS[request.param]
 
 
+# What one worker does alone, because it is made once for all its tests: the built site, packages.
+TOGETHER = {"test_book.py": "site", "test_browser.py": "site", "test_repository.py": "packages"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadgroup` by TOGETHER: pytest 9.2 ignores xdist_group (pytest-xdist, issue 1386)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return TOGETHER.get(Path(nodeid.split("::")[0]).name, nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
 @dataclass
 class Site:
     root: Path  # the folder with index.html
@@ -29,7 +45,7 @@ class Site:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Site:
-    """The site of a strict build; its tests are one xdist group, so that it is built once."""
+    """The site of a strict build."""
     out = tmp_path_factory.mktemp("book")
     command = [Path(sys.executable).parent / "jupyter-book", "build", Path(__file__).parent.parent]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

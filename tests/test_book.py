@@ -100,19 +100,16 @@ def dead(site: dict[str, Page], name: str) -> list[str]:
     return found
 
 
-@pytest.mark.xdist_group("site")
 def test_the_strict_build_has_every_page(site):
     assert {f"{page}.html" for page in ["index", *PAGES]} <= set(site)
 
 
-@pytest.mark.xdist_group("site")
 def test_no_page_fetches_from_another_host(site):
     assert {name: foreign(page) for name, page in site.items() if foreign(page)} == {}
     text = "".join(page.path.read_text() for page in site.values())
     assert not re.search(r"unpkg\.com|jsdelivr|cdnjs|googleapis", text)
 
 
-@pytest.mark.xdist_group("site")
 def test_mathematics_has_what_draws_it(site):
     pages = {n: p for n, p in site.items() if '<span class="math' in p.path.read_text()}
     assert pages
@@ -122,18 +119,15 @@ def test_mathematics_has_what_draws_it(site):
             assert found and (page.path.parent / urlsplit(found[0]).path).resolve().is_file()
 
 
-@pytest.mark.xdist_group("site")
 def test_every_picture_has_alt_text(site):
     for name, page in site.items():
         assert [i for i in page.images if not i.get("alt", "").strip()] == [], name
 
 
-@pytest.mark.xdist_group("site")
 def test_no_link_into_the_site_is_dead(site):
     assert {name: dead(site, name) for name in site if dead(site, name)} == {}
 
 
-@pytest.mark.xdist_group("site")
 def test_the_site_is_light_and_built_quickly(built, site):
     """A page's own weight: its HTML and its pictures; what all pages share comes once."""
     assert built.seconds < 60
@@ -154,7 +148,6 @@ def address() -> str:
     return CONFIG["html"].get("baseurl") or f"https://{owner}.github.io/{name}/"
 
 
-@pytest.mark.xdist_group("site")
 def test_the_sitemap_has_every_page(built):
     tree = ElementTree.parse(built.root / "sitemap.xml")
     listed = [
@@ -163,7 +156,6 @@ def test_the_sitemap_has_every_page(built):
     assert listed == sorted(f"{address()}{page}.html" for page in ["index", *PAGES])
 
 
-@pytest.mark.xdist_group("site")
 def test_every_page_has_a_link_preview(built, site):
     for page in ["index", *PAGES]:
         tags = site[f"{page}.html"].tags
@@ -179,7 +171,6 @@ def test_every_page_has_a_link_preview(built, site):
     assert len({site[f"{page}.html"].tags["og:description"] for page in PAGES}) == len(PAGES)
 
 
-@pytest.mark.xdist_group("site")
 def test_the_404_page_starts_at_the_root_of_the_site(site):
     text = site["404.html"].path.read_text()
     base = f'<base href="{urlsplit(address()).path}">'
@@ -187,7 +178,6 @@ def test_the_404_page_starts_at_the_root_of_the_site(site):
     assert "<base" not in site["index.html"].path.read_text()
 
 
-@pytest.mark.xdist_group("site")
 def test_every_page_says_under_which_licence_it_stands(site):
     for page in ["index", *PAGES]:
         assert "CC-BY-4.0. Code: MIT" in site[f"{page}.html"].path.read_text()

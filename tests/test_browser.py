@@ -29,10 +29,9 @@ MISSING = "no/such/page.html"
 ALL = [*(f"{page}.html" for page in ["index", *PAGES]), "search.html", "genindex.html", MISSING]
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
 
-pytestmark = [
-    pytest.mark.xdist_group("site"),
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: make browser installs it"),
-]
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no chromium: make browser installs it"
+)
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
