@@ -111,7 +111,8 @@ def check_release(folder: Path, base: str) -> list:
     """
     try:
         release = json.loads((folder / RELEASE).read_text())
-        made_for, canary = str(release["base"]), release["canary"]
+        made_for = str(release["base"])
+        canary = [(str(asked), int(n), str(answer)) for asked, n, answer in release["canary"]]
         sealed = {name: release["files"][name] for name in FILES}
         found = {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
         kind = json.loads((folder / FILES[0]).read_text())["peft_type"]
@@ -145,15 +146,18 @@ def load_release(model: nn.Module, folder: Path, base: str, tokenizer: Any) -> P
             model.load_adapter(folder, name)
     except (ValueError, KeyError) as error:  # rlora_min's and PEFT's, who left the model whole
         raise LabError(f"{name} is refused: {error}") from error
-    model.eval().set_adapter(name, inference_mode=True)
-    new = generate(model, tokenizer, [(tokenizer.encode(asked), most) for asked, most, _ in canary])
-    same = all(tokenizer.decode(n) == c[2] for n, c in zip(new, canary, strict=True))
+    try:
+        model.eval().set_adapter(name, inference_mode=True)
+        rows = [(tokenizer.encode(asked), most) for asked, most, _ in canary]
+        said = [tokenizer.decode(new) for new in generate(model, tokenizer, rows)]
+    except Exception as error:  # a prompt that can't be asked here
+        said = error
     if not first:
         model.set_adapter(before, inference_mode=True)
-    if not same:
-        model.unload() if first else model.delete_adapter(name)
-        raise LabError(f"{name} is refused: here it gives other answers than where it was sealed.")
-    return model
+    if said == [answer for _, _, answer in canary]:
+        return model
+    model.unload() if first else model.delete_adapter(name)
+    raise LabError(f"{name} is refused: its prompts gave other answers where it was sealed: {said}")
 
 
 # Who is served
@@ -389,7 +393,7 @@ def create_app(
     async def completions(request: Request) -> dict:
         asked, ids = await read(request)
         request_id = asked.request_id or uuid.uuid4().hex
-        adapter = asked.model or choose(request_id, current())
+        adapter = request.state.adapter = asked.model or choose(request_id, current())
         try:
             async with asyncio.timeout(timeout):
                 new = await state["batcher"].ask(adapter, (ids, asked.max_tokens))
@@ -412,8 +416,10 @@ def create_app(
         start = time.perf_counter()
         response = await call_next(request)
         if request.url.path == "/v1/completions":
-            counts[f'rlora_requests_total{{code="{response.status_code}"}}'] += 1
-            counts["rlora_request_seconds_sum"] += time.perf_counter() - start
+            adapter = getattr(request.state, "adapter", "")
+            labels = f'{{code="{response.status_code}",model="{adapter}"}}'
+            counts[f"rlora_requests_total{labels}"] += 1
+            counts[f"rlora_request_seconds_sum{labels}"] += time.perf_counter() - start
         return response
 
     @app.get("/health")
