@@ -165,10 +165,10 @@ MORE = {
     "a shape, sealed": (and_sealed("of another shape"), r"rlora_B.*\(9, 12\)"),
     "cut, sealed": (and_sealed("cut in half"), "not a whole file"),
     "a LoRA, sealed": (and_sealed("a plain LoRA"), "'LORA'"),
-    "alpha, sealed": (and_sealed("alpha edited"), "other answers where it was sealed"),
+    "alpha, sealed": (and_sealed("alpha edited"), "did not give"),
     "another answer": (
         lambda f, c: edit(f, lambda r: r["canary"][0].__setitem__(2, "aaaaaa")),
-        "other answers where it was sealed",
+        "did not give",
     ),
     "a prompt of another base": (
         lambda f, c: edit(f, lambda r: r["canary"][0].__setitem__(0, "xyz")),
@@ -176,7 +176,7 @@ MORE = {
     ),
     "a shorter answer": (
         lambda f, c: edit(f, lambda r: r["canary"][0].__setitem__(1, 2)),
-        "other answers where it was sealed",
+        "did not give",
     ),
     "no prompts": (lambda f, c: edit(f, lambda r: r.update(canary=[])), "empty"),
     "prompts of another form": (

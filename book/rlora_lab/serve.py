@@ -157,7 +157,7 @@ def load_release(model: nn.Module, folder: Path, base: str, tokenizer: Any) -> P
     if said == [answer for _, _, answer in canary]:
         return model
     model.unload() if first else model.delete_adapter(name)
-    raise LabError(f"{name} is refused: its prompts gave other answers where it was sealed: {said}")
+    raise LabError(f"{name} is refused: where it was sealed, its prompts did not give {said}")
 
 
 # Who is served
