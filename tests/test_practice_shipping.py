@@ -647,7 +647,22 @@ def test_the_command_explains_itself_and_refuses_an_empty_folder(tmp_path):
     app = typer.Typer()
     app.command()(serve.main)
     shown = CliRunner().invoke(app, ["--help"])
-    assert shown.exit_code == 0 and "releases" in shown.output.lower() + "releases"
-    assert all(option in shown.output for option in ("--port", "--max-queue", "--window-ms"))
+    assert shown.exit_code == 0 and "release" in shown.output
+    assert all(option in shown.output for option in ("--port", "--max-queue", "--max-prompt"))
     with pytest.raises(LabError, match="no release"):
         serve.main(tmp_path, threads=None)
+
+
+# The page for people who decide, in two languages
+
+
+def test_the_pages_for_people_who_decide_say_the_same_and_type_no_measurement():
+    pages = [(BOOK / name).read_text() for name in ("for_deciders.md", "for_deciders.ja.md")]
+    linked = [re.findall(r"\]\((\d\d_\w+\.ipynb)\)", page) for page in pages]
+    assert linked[0] == linked[1] and len(linked[0]) > 25
+    assert "](for_deciders.ja.md)" in pages[0] and "](for_deciders.md)" in pages[1]
+    for page in pages:
+        prose = [line for line in page.splitlines() if not line.startswith("|")]
+        measured = r"\d\s*(%|points|ポイント|times|倍|s\b|ms|MB|GB)"
+        assert not re.search(measured, "\n".join(prose))
+        assert re.search(measured, page)  # the rules, which stand in a table

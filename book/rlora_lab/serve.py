@@ -321,7 +321,8 @@ def create_app(
         model: its adapters are those that may be asked for.
         tokenizer: `encode`, `decode`, `pad_token_id`, `eos_token_id` as in transformers.
         folder: where `current.json` is.
-        max_prompt, max_tokens: tokens; half of the model's longest sequence each, where None.
+        max_prompt, max_tokens: tokens; where None, half of the model's longest sequence each, and
+            at most 1024.
         max_bytes: of a request's body.
         timeout: seconds until a request is given up.
         observe: called after each batch with the adapter and a list of (token ids, most new).
@@ -333,7 +334,7 @@ def create_app(
     adapters = list(model.peft_config)
     state = {"current": read_current(folder, adapters), "fault": None}
     counts: Counter[str] = Counter()
-    half = getattr(model.config, "max_position_embeddings", 2048) // 2
+    half = min(getattr(model.config, "max_position_embeddings", 2048) // 2, 1024)
     max_prompt, max_tokens = max_prompt or half, max_tokens or half
 
     def run(adapter: str, rows: list) -> list[list[int]]:
@@ -450,6 +451,12 @@ def main(
     window_ms: Annotated[float, typer.Option(help="wait for more requests", min=0)] = 5,
     max_batch: Annotated[int, typer.Option(help="requests in one batch", min=1)] = 32,
     max_queue: Annotated[int, typer.Option(help="requests that may wait", min=1)] = 64,
+    max_prompt: Annotated[
+        int | None, typer.Option(help="tokens of a prompt", min=1, show_default="as in create_app")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="tokens of an answer", min=1, show_default="as in create_app")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="seconds until a request is given up")] = 30,
     threads: Annotated[int | None, typer.Option(help="CPU threads", min=1)] = None,
 ) -> None:
@@ -476,6 +483,8 @@ def main(
         window=window_ms / 1000,
         max_batch=max_batch,
         max_queue=max_queue,
+        max_prompt=max_prompt,
+        max_tokens=max_tokens,
         timeout=timeout,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn ends with, once it is done
