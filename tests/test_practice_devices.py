@@ -47,6 +47,32 @@ for optimizer, lr in ((AdamW, 1e-3), (SGD, 1e-2)):
     model = train(alone, make_model(), make_examples(), BATCH, lr, optimizer)
     save_file(get_peft_model_state_dict(model), f"{optimizer.__name__}.safetensors")
 """
+# Two things that the chapter says were seen in a test, in two processes.
+SAID = """
+import torch
+from peft import get_peft_model
+from rlora_lab.bases import load_base
+from rlora_lab.tasks import Synthetic
+from rlora_min import RLoraConfig
+from sharded import train_sharded
+from torch.distributed.device_mesh import init_device_mesh
+from train import make_accelerator
+
+accelerator = make_accelerator()
+model = accelerator.prepare(torch.nn.Linear(2, 2))
+print(f"<{accelerator.distributed_type.value} {type(model).__name__}>")
+
+base, examples = load_base("tiny"), Synthetic().training_set(32, 0)
+config = RLoraConfig(init_seed=0, target_modules=base.targets)
+model = get_peft_model(base.model.bfloat16(), config)
+before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+model = train_sharded(model, init_device_mesh("cpu", (2,)), examples, 16)
+after = [p.full_tensor() for p in model.parameters() if p.requires_grad]
+moved = all((a != b).any().item() for a, b in zip(after, before, strict=True))
+kinds = sorted({(str(p.dtype), p.requires_grad) for p in model.parameters()})
+print(f"<moved: {moved}, {kinds}>")
+accelerator.end_training()
+"""
 
 
 def written_by_the_chapter(folder: Path) -> None:
@@ -207,6 +233,35 @@ def test_shares_that_are_not_even_are_refused(folder, monkeypatch):
     for processes, batch, examples in ((3, 16, 32), (2, 16, 40)):
         with pytest.raises(ValueError, match=f"{processes} processes must divide"):
             train(SimpleNamespace(num_processes=processes), None, range(examples), batch)
+
+
+@pytest.fixture(scope="module")
+def said(folder) -> str:
+    (folder / "said.py").write_text(SAID)
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    code, _, written = launch(folder, "said.py", **asked)
+    assert code == 0, written
+    return written
+
+
+def test_on_cpus_accelerate_stays_with_ddp_even_if_fsdp_is_asked_for(said):
+    assert said.count("<MULTI_CPU DistributedDataParallel>") == 2, said
+
+
+def test_a_frozen_base_in_bf16_is_sharded_with_its_adapter_in_fp32(said):
+    kinds = [("torch.bfloat16", False), ("torch.float32", True)]
+    assert said.count(f"<moved: True, {kinds}>") == 2, said
+
+
+def test_a_model_without_blocks_is_not_cut(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(folder))
+    from sharded import shard
+
+    monkeypatch.delitem(sys.modules, "sharded")
+    base = SimpleNamespace(_no_split_modules={"LlamaDecoderLayer"})
+    model = SimpleNamespace(get_base_model=lambda: base, modules=lambda: [torch.nn.Linear(1, 1)])
+    with pytest.raises(ValueError, match="no block named ..LlamaDecoderLayer"):
+        shard(model, None)
 
 
 def chapter_configs() -> dict[str, str]:
