@@ -213,7 +213,7 @@ def test_a_killed_command_goes_on(tmp_path: Path):
     process.wait()
     before = file.read_text()
     assert 1 <= len(read_records(file)[1]) < 6
-    done = subprocess.run(command, **options, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, **options, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "All that was asked for is done." in done.stdout
     assert file.read_text().startswith(before)

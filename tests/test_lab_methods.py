@@ -119,11 +119,14 @@ def test_hydraloras_own_masks(many: bool, monkeypatch: pytest.MonkeyPatch):
         part["default"].weight for part in (layer.rlora_A, layer.rlora_B, layer.rlora_router)
     )
     drawn = []
-    monkeypatch.setattr(  # a mask that is seen
-        F,
-        "dropout",
-        lambda x, p: drawn.append(torch.bernoulli(0 * x + 1 - p) / (1 - p)) or x * drawn[0],
-    )
+
+    def mask(x, p, training=True):  # one that is seen
+        if not training:
+            return x
+        drawn.append(torch.bernoulli(0 * x + 1 - p) / (1 - p))
+        return x * drawn[0]
+
+    monkeypatch.setattr(F, "dropout", mask)
     x = torch.randn(2, 6, 7, dtype=torch.double)
     h = model(x)
     (mask,) = drawn

@@ -313,7 +313,7 @@ def test_end_to_end(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ("published", "32 heads", "bf16", "checkpointing", "generated", "not measured")
     for word in (*words, "kept, MiB", "floor over base", "quick look"):
         assert word in run.stdout, word
-    assert "…" not in screen(result)
+    assert "…" not in screen(result, width=120)  # ratios of tiny steps can be long
 
 
 def test_a_stopped_run_goes_on_with_the_next_case(tiny, tmp_path: Path):
