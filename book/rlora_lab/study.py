@@ -197,7 +197,7 @@ def record_study(out: Path, trials: int, steps: int, seeds: int, say: Callable =
         "defaults": DEFAULTS,
         "largest": LARGEST,
     }
-    options = {"trials": (trials, 40), "steps": (steps, 240), "seeds": (seeds, 5)}
+    options = {"trials": (trials, 40), "steps": (steps, 240), "seeds": (seeds, 8)}
     changed = [f"--{name} {value}" for name, (value, usual) in options.items() if value != usual]
     fresh = list(range(1000, 1000 + seeds))  # no seed of the search is among them
     runs = earlier(out, config)
@@ -247,7 +247,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rlora_lab.study", description=__doc__)
     parser.add_argument("--trials", type=int, default=40, help="finished trials of the search (40)")
     parser.add_argument("--steps", type=int, default=240, help="training steps of a run (240)")
-    parser.add_argument("--seeds", type=int, default=5, help="fresh seeds of the retest (5)")
+    parser.add_argument("--seeds", type=int, default=8, help="fresh seeds of the retest (8)")
     parser.add_argument("--out", type=Path, default=Path("runs/study-tiny.json"), help="the result")
     options = parser.parse_args()
     for name in ("trials", "steps", "seeds"):
