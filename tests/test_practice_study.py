@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from importlib.resources import files
 from pathlib import Path
 
@@ -164,9 +165,12 @@ def test_a_killed_worker_loses_no_finished_trial(tmp_path):
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     code = WORKER.format(tests=str(Path(__file__).parent), storage=storage)
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    limit = threading.Timer(60, worker.kill)
+    limit.start()
     try:
         assert worker.stdout.readline() == "in the middle\n"
     finally:
+        limit.cancel()
         os.kill(worker.pid, signal.SIGKILL)
         worker.wait(timeout=30)
     before = optuna.load_study(study_name="rlora", storage=storage)
