@@ -200,10 +200,11 @@ def record_study(out: Path, trials: int, steps: int, seeds: int, say: Callable =
     options = {"trials": (trials, 40), "steps": (steps, 240), "seeds": (seeds, 8)}
     changed = [f"--{name} {value}" for name, (value, usual) in options.items() if value != usual]
     fresh = list(range(1000, 1000 + seeds))  # no seed of the search is among them
-    runs = earlier(out, config)
+    runs, made = earlier(out, config), environment()
+    made["versions"]["optuna"] = optuna.__version__
     result = {
         "command": " ".join(["python -m rlora_lab.study", *changed]),
-        **environment(),
+        **made,
         "config": config,
         "tasks": list(Synthetic().tasks),
         "metrics": list(Synthetic.metrics),
