@@ -120,7 +120,7 @@ def killed(tmp_path_factory):
         [sys.executable, "-c", KILLER, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env=environment,
         check=False,
     )
