@@ -171,6 +171,12 @@ def test_every_page_has_a_link_preview(built, site):
     assert len({site[f"{page}.html"].tags["og:description"] for page in PAGES}) == len(PAGES)
 
 
+def test_every_page_says_its_language(site):
+    for page in ["index", *PAGES]:
+        language = "ja" if page.endswith(".ja") else "en"
+        assert f'<html lang="{language}"' in site[f"{page}.html"].path.read_text()
+
+
 def test_the_404_page_starts_at_the_root_of_the_site(site):
     text = site["404.html"].path.read_text()
     base = f'<base href="{urlsplit(address()).path}">'

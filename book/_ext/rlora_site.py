@@ -60,8 +60,12 @@ def set_address(app, config) -> None:
 
 
 def add_tags(app, page, template, context, doctree) -> None:
-    """Description and link preview of a page, from its title and its first paragraph."""
+    """Language, description and link preview of a page, from its title and first paragraph."""
     base = app.config.html_baseurl
+    if page.endswith(
+        ".ja"
+    ):  # so that a browser takes Japanese glyphs, and a reader's voice its own
+        context["language"] = "ja"
     if page == "404":  # shown for any address, so its relative links start at the site's root
         context["metatags"] += f'<base href="{escape(urlsplit(base).path)}">\n'
     if doctree is None:
