@@ -173,7 +173,8 @@ def look(browser, address):
         seen["math"] = page.locator(".bd-article .math").count()
         seen["drawn"] = page.locator(".bd-article .math .katex").count()
         seen["badly"] = page.locator(".katex-error").count()
-        seen["text"] = page.evaluate("document.querySelector('main').innerText")
+        texts = "main :is(p, li, th, td, h1, h2, h3)"  # code may hold what looks like a formula
+        seen["text"] = "\n".join(page.locator(texts).all_inner_texts())
         seen["next"], seen["previous"] = (
             page.eval_on_selector_all(f"a.{way}", "links => links.map(a => a.pathname)")
             for way in ("right-next", "left-prev")
