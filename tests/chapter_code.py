@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import nbformat
 
 BOOK = Path(__file__).parent.parent / "book"
+DEFINITIONS = ast.FunctionDef | ast.ClassDef
 
 
 def _wanted(node: ast.stmt, names: tuple[str, ...]) -> bool:
@@ -34,3 +35,36 @@ def chapter_code(notebook: str, *names: str, **given) -> SimpleNamespace:
         body = [node for node in ast.parse("\n".join(lines)).body if _wanted(node, names)]
         exec(compile(ast.Module(body, []), f"{notebook}, cell {number}", "exec"), vars(space))
     return space
+
+
+def chapter_source(notebook: str) -> str:
+    """The code of a chapter after its set-up, solutions included."""
+    cells = nbformat.read(BOOK / f"{notebook}.ipynb", as_version=4).cells
+    sources = [cell.source for cell in cells if cell.cell_type == "code"]
+    return "\n".join(source for source in sources if "%pip" not in source)
+
+
+def definitions(source: str) -> dict[str, str]:
+    """Functions, classes and constants at the top of a source, by name, as syntax trees."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, DEFINITIONS):
+            found[node.name] = ast.dump(node)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
+            found[ast.unparse(node.targets[0])] = ast.dump(node)
+    return found
+
+
+def chapter_functions(notebook: str, *names: str) -> dict:
+    """Some functions out of a chapter, solutions included, after the imports of its set-up."""
+    cells = nbformat.read(BOOK / f"{notebook}.ipynb", as_version=4).cells
+    set_up = next(cell.source for cell in cells if cell.cell_type == "code")
+    set_up = "\n".join(line for line in set_up.splitlines() if "%pip" not in line)
+    set_up = set_up.replace('if find_spec("rlora_lab") is None:  # in Colab', "")
+    imports = [n for n in ast.parse(set_up).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    body = ast.parse(chapter_source(notebook)).body
+    body = [n for n in body if isinstance(n, DEFINITIONS) and n.name in names]
+    assert {n.name for n in body} == set(names)
+    found: dict = {}
+    exec(compile(ast.Module(imports + body, []), notebook, "exec"), found)
+    return found

@@ -1,17 +1,16 @@
 """Chapter 14: draws, weights, looks and augmentations, its record, and that the chapter shows what
 was run."""
 
-import ast
 import json
 import math
 import sys
 from importlib.resources import files
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
+from chapter_code import chapter_functions, chapter_source, definitions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -23,42 +22,8 @@ from rlora_lab.methods import adapt
 from rlora_lab.results import load_result, paired_difference, score_array
 from rlora_lab.tasks import LENGTH, SUITE_TASKS, Synthetic, draw
 
-CHAPTER = Path(__file__).parent.parent / "book" / "14_scarce_tasks.ipynb"
+CHAPTER = "14_scarce_tasks"
 NAME = "practice/scarce-tiny"
-DEFINITIONS = ast.FunctionDef | ast.ClassDef
-
-
-def chapter_cells() -> list[str]:
-    cells = nbformat.read(CHAPTER, as_version=4).cells
-    return [cell.source for cell in cells if cell.cell_type == "code"]
-
-
-def definitions(source: str) -> dict[str, str]:
-    """Functions, classes and constants at the top of a source, by name, as syntax trees."""
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, DEFINITIONS):
-            found[node.name] = ast.dump(node)
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
-            found[ast.unparse(node.targets[0])] = ast.dump(node)
-    return found
-
-
-def shown() -> str:
-    return "\n".join(source for source in chapter_cells() if "%pip" not in source)
-
-
-def chapter(*names: str) -> dict:
-    """Functions out of the chapter, run after the imports of its set-up."""
-    set_up = chapter_cells()[0].replace('if find_spec("rlora_lab") is None:  # in Colab', "")
-    set_up = "\n".join(line for line in set_up.splitlines() if "%pip" not in line)
-    imports = [n for n in ast.parse(set_up).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    body = ast.parse(shown()).body
-    body = [n for n in body if isinstance(n, DEFINITIONS) and n.name in names]
-    assert {n.name for n in body} == set(names)
-    found: dict = {}
-    exec(compile(ast.Module(imports + body, []), CHAPTER.name, "exec"), found)
-    return found
 
 
 SHOWN = {"SIZES", "shares", "Skewed", "losses", "train_skewed", "right", "best_look"}
@@ -66,10 +31,11 @@ SHOWN |= {"rename", "shuffle", "alone"}
 
 
 def test_the_chapter_shows_the_functions_that_made_the_record():
-    ours, theirs = definitions(shown()), definitions(Path(scarce.__file__).read_text())
+    shown = chapter_source(CHAPTER)
+    ours, theirs = definitions(shown), definitions(Path(scarce.__file__).read_text())
     assert ours.keys() & theirs.keys() >= SHOWN
     assert {name for name in SHOWN if ours[name] != theirs[name]} == set()
-    other = definitions(shown().replace("1 / T", "T"))
+    other = definitions(shown.replace("1 / T", "T"))
     assert {name for name in SHOWN if other[name] != theirs[name]} == {"shares"}
 
 
@@ -214,7 +180,7 @@ KEPT = {"rename": MOVE, "shuffle": {"largest", "sort down"}, "move": {"largest",
 
 @pytest.mark.parametrize("name", KEPT)
 def test_an_augmentation_keeps_the_labels_of_its_tasks_and_of_no_other(name: str):
-    found = chapter("rename", "shuffle", "move", "kept")
+    found = chapter_functions(CHAPTER, "rename", "shuffle", "move", "kept")
     kept = {task for task in SUITE_TASKS if found["kept"](task, found[name], 2000) == 1}
     assert kept == KEPT[name]
 
@@ -222,7 +188,7 @@ def test_an_augmentation_keeps_the_labels_of_its_tasks_and_of_no_other(name: str
 @settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), task=st.sampled_from(sorted(SUITE_TASKS)))
 def test_an_augmentation_changes_letters_alone(seed: int, task: str):
-    found = chapter("rename", "shuffle", "move")
+    found = chapter_functions(CHAPTER, "rename", "shuffle", "move")
     generator = torch.Generator().manual_seed(seed)
     rows = Synthetic([task]).rows(task, draw(8, generator, "train"))
     before = rows.clone()

@@ -1,6 +1,5 @@
 """Chapter 13: a search that loses nothing, its record, and that the chapter shows what was run."""
 
-import ast
 import json
 import os
 import signal
@@ -10,10 +9,10 @@ import threading
 from importlib.resources import files
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import optuna
 import pytest
+from chapter_code import chapter_functions, chapter_source, definitions
 from optuna.trial import TrialState
 from peft import get_peft_model
 
@@ -24,41 +23,9 @@ from rlora_lab.methods import count_trainable
 from rlora_lab.results import load_result, paired_difference, score_array
 from rlora_min import RLoraConfig
 
-CHAPTER = Path(__file__).parent.parent / "book" / "13_choosing_the_randomness.ipynb"
+CHAPTER = "13_choosing_the_randomness"
 NAME = "practice/study-tiny"
-DEFINITIONS = ast.FunctionDef | ast.ClassDef
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def definitions(source: str) -> dict[str, str]:
-    """Functions and constants at the top of a source, by name, as syntax trees."""
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, DEFINITIONS):
-            found[node.name] = ast.dump(node)
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
-            found[ast.unparse(node.targets[0])] = ast.dump(node)
-    return found
-
-
-def chapter_source() -> str:
-    cells = nbformat.read(CHAPTER, as_version=4).cells
-    sources = [cell.source for cell in cells if cell.cell_type == "code"]
-    return "\n".join(source for source in sources if "%pip" not in source)
-
-
-def chapter(*names: str) -> dict:
-    """Functions out of the chapter, run after the imports of its set-up."""
-    cells = nbformat.read(CHAPTER, as_version=4).cells
-    set_up = next(cell.source for cell in cells if cell.cell_type == "code")
-    set_up = "\n".join(line for line in set_up.splitlines() if "%pip" not in line)
-    set_up = set_up.replace('if find_spec("rlora_lab") is None:  # in Colab', "")
-    imports = [n for n in ast.parse(set_up).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    body = ast.parse(chapter_source()).body
-    body = [n for n in body if isinstance(n, DEFINITIONS) and n.name in names]
-    found: dict = {}
-    exec(compile(ast.Module(imports + body, []), CHAPTER.name, "exec"), found)
-    return found
 
 
 def differences(chapter: str, module: str) -> set[str]:
@@ -73,7 +40,7 @@ SHOWN |= {"letters", "objective", "finished", "search"}
 
 
 def test_the_chapter_shows_the_functions_that_made_the_record():
-    shown, run = chapter_source(), Path(study.__file__).read_text()
+    shown, run = chapter_source(CHAPTER), Path(study.__file__).read_text()
     assert definitions(shown).keys() & definitions(run).keys() >= SHOWN
     assert differences(shown, run) == set()
     assert differences(shown.replace("0.0, 0.5", "0.0, 0.4"), run) == {"suggest"}
@@ -335,14 +302,14 @@ def test_the_recorded_study_is_whole(capsys):
 
 
 def test_the_bumps_sum_to_a_density():
-    density = chapter("bumps", "density")["density"]
+    density = chapter_functions(CHAPTER, "bumps", "density")["density"]
     x = np.linspace(0, 1, 4001)
     for points in (np.array([]), np.array([0.3]), np.array([0.1, 0.11, 0.9])):
         assert np.trapezoid(density(x, points), x) == pytest.approx(1, abs=1e-3)
 
 
 def test_what_is_drawn_has_the_density():
-    found = chapter("bumps", "density", "draw")
+    found = chapter_functions(CHAPTER, "bumps", "density", "draw")
     points, rng = np.array([0.1, 0.11, 0.9]), np.random.default_rng(0)
     drawn = found["draw"](points, (20000,), rng)
     counts, edges = np.histogram(drawn, 10, (0, 1), density=True)
@@ -352,7 +319,9 @@ def test_what_is_drawn_has_the_density():
 
 
 def test_the_next_trial_goes_where_the_good_ones_are():
-    next_trials = chapter("bumps", "density", "draw", "next_trials")["next_trials"]
+    next_trials = chapter_functions(CHAPTER, "bumps", "density", "draw", "next_trials")[
+        "next_trials"
+    ]
     good, bad = np.array([0.7, 0.75]), np.linspace(0, 0.6, 10)
     picks = next_trials(good, bad, np.random.default_rng(0), 200)
     assert 0.6 < picks.min() and picks.max() <= 1
