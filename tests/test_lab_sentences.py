@@ -75,6 +75,38 @@ def test_each_task_has_its_own_softmax(
 
 
 @pytest.mark.parametrize("folder", ["bert_folder", "llama_folder"])
+def test_training_computes_short_sentences_apart(
+    folder: str,
+    request: pytest.FixtureRequest,
+    sentences_folder: Path,  # noqa: F811
+):
+    base = load_base(str(request.getfixturevalue(folder)))
+    suite = Sentences(base)
+    model = suite.model(base)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = suite.collate(suite.training_set(20, seed=0))
+    shapes = []
+    model.encoder.register_forward_pre_hook(
+        lambda module, args: shapes.append(tuple(args[0].shape))
+    )
+
+    def loss_and_gradients(training: bool) -> list[torch.Tensor]:
+        loss = model.train(training)(**batch)["loss"]
+        return [loss, *torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)]
+
+    whole, parts = loss_and_gradients(False), loss_and_gradients(True)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    lengths = sorted(batch["attention_mask"].sum(1).tolist())
+    assert lengths[0] < lengths[-1]
+    assert shapes == [
+        (20, lengths[-1]),
+        *[(len(part), part[-1]) for part in (lengths[:7], lengths[7:14], lengths[14:])],
+    ]
+
+
+@pytest.mark.parametrize("folder", ["bert_folder", "llama_folder"])
 def test_lora_has_its_size_under_the_classifier(
     folder: str,
     request: pytest.FixtureRequest,

@@ -57,6 +57,7 @@ HUB = {
 }
 SPLITS = ("train", "validation", "test")
 MAX_TOKENS = 64
+GROUPS = 3  # of equal size, that a training batch is computed in
 CUT_SEED, CUT_SHARE = 0, 0.1
 
 
@@ -151,15 +152,28 @@ class SentenceClassifier(nn.Module):
         **kwargs,
     ) -> dict[str, Tensor]:
         """`task` (n,) numbers the tasks, `labels` (n,) the rows of `task_heads`."""
-        hidden = self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden)
-        pooled = (hidden * mask).sum(1) / mask.sum(1)  # (n, hidden)
-        logits = self.task_heads(pooled)
+        if self.training:
+            # Short sentences beside short ones: padded to the longest of the batch, more than half
+            # of what is computed would be padding.
+            order = attention_mask.sum(1).argsort()
+            groups = [self._pool(input_ids[i], attention_mask[i]) for i in order.chunk(GROUPS)]
+            pooled = torch.cat(groups)[order.argsort()]
+        else:
+            pooled = self._pool(input_ids, attention_mask)
+        logits = self.task_heads(pooled)  # (n, all classes)
         logits = logits.masked_fill(self.owner != task.unsqueeze(1), -torch.inf)
         output = {"logits": logits}
         if labels is not None:
             output["loss"] = F.cross_entropy(logits, labels)
         return output
+
+    def _pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The mean over each sentence's tokens, (n, hidden)."""
+        used = attention_mask.any(0)
+        mask = attention_mask[:, used]
+        hidden = self.encoder(input_ids[:, used], attention_mask=mask).last_hidden_state
+        mask = mask.unsqueeze(-1).to(hidden)
+        return (hidden * mask).sum(1) / mask.sum(1)
 
 
 class Sentences:
