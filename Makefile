@@ -6,7 +6,7 @@ STAMP := .venv/.rlora-installed
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadscope -n 2
 
 .PHONY: book test browser test-oldest test-newest test-colab linkcheck execute
-.PHONY: bench evidence evidence-quick serve clean
+.PHONY: bench evidence evidence-quick preview serve clean
 
 # -n: every cross-reference must resolve. -W --keep-going: a warning fails the build, after all
 # of them were shown. --all: nothing old is left. Execution is off (_config.yml): the pages show the
@@ -87,6 +87,12 @@ evidence-quick: $(STAMP)
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 		$(BIN)/python -m rlora_lab evidence $(PLAN) --records "$$folder/records" && \
 		$(BIN)/python -m rlora_lab report $(PLAN) --records "$$folder/records" --out "$$folder/report"
+
+# The picture that link previews show, after the layer's drawing or the book's title changed.
+preview: browser
+	$$(command -v chromium || command -v chromium-browser || command -v google-chrome) \
+		--headless --no-sandbox --hide-scrollbars --window-size=1200,630 \
+		--screenshot=book/_static/preview.png file://$(CURDIR)/book/preview.html
 
 serve: book
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
