@@ -243,6 +243,9 @@ def test_correlation_within_groups():
     )
     with pytest.raises(LabError, match="at least four"):
         correlation(x[:3], y[:3])
+    for flat in ((x, np.ones(6)), (np.full(6, 2.0), y)):
+        with pytest.raises(LabError, match="that differ"):
+            correlation(*flat)
 
 
 def test_evidence_as_a_result(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -377,6 +377,8 @@ def correlation(
     free = len(x) - len(np.unique(groups)) + 1
     if free < 4:
         raise LabError("a correlation's interval needs at least four values more than groups")
+    if not x.any() or not y.any():
+        raise LabError("a correlation needs values that differ")
     r = float(x @ y / np.sqrt((x @ x) * (y @ y)))
     half = stats.norm.ppf(0.975) / np.sqrt(free - 3)
     low, high = np.tanh(np.arctanh(r) + half * np.array([-1, 1]))
