@@ -377,7 +377,7 @@ def correlation(
     free = len(x) - len(np.unique(groups)) + 1
     if free < 4:
         raise LabError("a correlation's interval needs at least four values more than groups")
-    if not x.any() or not y.any():
+    if min(np.abs(x).max(), np.abs(y).max()) < 1e-12:
         raise LabError("a correlation needs values that differ")
     r = float(x @ y / np.sqrt((x @ x) * (y @ y)))
     half = stats.norm.ppf(0.975) / np.sqrt(free - 3)
