@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlora_lab.bases import load_base
-from rlora_lab.results import chosen_records, load_result, score_array
+from rlora_lab.results import against_rlora, differences, family, load_evidence
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,18 +37,39 @@ def test_address_is_that_of_the_configuration():
     assert set(re.findall(r"https://github\.com/[\w-]+/rlora-book", README)) == {url}
 
 
-def table() -> dict[str, list[str]]:
-    """The rows of the README's table of measurements, by method."""
-    rows = re.findall(r"^\| ([\w -]+) \| ([\d.| ]+) \|$", README, re.M)
-    return {name.strip(): [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+NAMES = {"lora": "LoRA", "one-head": "one random head", "mlora": "M-LoRA"}
+BLOCKS = ("synthetic", "sentences")
+
+
+def rows() -> list[str]:
+    """The README's table of differences, from the records."""
+    contrasts = [
+        {c.name: c for c in against_rlora(load_evidence(block, say=False))} for block in BLOCKS
+    ]
+    lines = []
+    for method, name in NAMES.items():
+        cells = []
+        for c in (found[method] for found in contrasts):  # there: a method less R-LoRA
+            star = "" if c.verdict == "cannot tell" else " *"
+            cells.append(f"{-c.mean:+.1f} ({-c.high:+.1f} to {-c.low:+.1f}){star}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def test_numbers_are_the_recorded_ones():
-    result = load_result("quality-minilm-sentences-200", say=False)
-    names = {"lora": "LoRA", "hydralora": "HydraLoRA", "mlora": "M-LoRA", "rlora": "R-LoRA"}
-    expected = {}
-    for method, name in names.items():
-        scores = 100 * score_array(result, method)[0]
-        size = chosen_records(result, method)[0]["adapter_parameters"]
-        expected[name] = [f"{value:.1f}" for value in (*scores, scores.mean())] + [f"{size}"]
-    assert table() == expected
+    assert re.findall(r"^\| .*\d\.\d.*\|$", README, re.M) == rows()
+
+
+def test_its_sentence_is_the_measured_one():
+    strings, text = (
+        next(c for c in against_rlora(load_evidence(block, say=False)) if c.name == "lora")
+        for block in BLOCKS
+    )
+    assert "It was\nnot in anything that we measured" in README
+    assert strings.verdict == "cannot tell"
+    record = load_evidence("synthetic", say=False)
+    pairs = [("lora", "rlora"), ("lora", "mlora"), ("mlora", "rlora")]
+    assert family({f"{a} {b}": differences(record, a, b) for a, b in pairs})[0].verdict == "better"
+    assert text.verdict == "better" and text.mean < 1
+    seeds = [len(load_evidence(block, say=False)["seeds"]) for block in BLOCKS]
+    assert f"ten string tasks, {seeds[0]} seeds | five sentence tasks, {seeds[1]} seeds" in README
