@@ -78,7 +78,7 @@ def test_the_plan_of_the_book():
     for name, block in plan.items():
         assert not set(block.seeds) & set(block.sweep_seeds), name
         one_task = block.steps / len(block.tasks) if block.tasks else 40
-        assert one_task == (40 if block.base == "tiny" else 50)
+        assert one_task == (40 if block.base == "tiny" else 32)
 
 
 def test_the_quick_plan_is_the_same_path():
