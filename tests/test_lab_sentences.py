@@ -24,6 +24,11 @@ def base(bert_folder: Path) -> Base:  # noqa: F811
     return load_base(str(bert_folder))
 
 
+@pytest.fixture(params=["bert_folder", "llama_folder"])
+def any_base(request: pytest.FixtureRequest) -> Base:
+    return load_base(str(request.getfixturevalue(request.param)))
+
+
 def test_fixture_is_read_as_it_stands(base: Base, sentences_folder: Path):  # noqa: F811
     suite = Sentences(base)
     assert suite.tasks == ("question", "mood", "time")
@@ -48,15 +53,9 @@ def test_training_set_mixes_tasks_and_repeats(base: Base, sentences_folder: Path
     assert len(set(mood[:90])) == 90  # each sentence once before any comes again
 
 
-@pytest.mark.parametrize("folder", ["bert_folder", "llama_folder"])
-def test_each_task_has_its_own_softmax(
-    folder: str,
-    request: pytest.FixtureRequest,
-    sentences_folder: Path,  # noqa: F811
-):
-    base = load_base(str(request.getfixturevalue(folder)))
-    suite = Sentences(base)
-    model = suite.model(base)
+def test_each_task_has_its_own_softmax(any_base: Base, sentences_folder: Path):  # noqa: F811
+    suite = Sentences(any_base)
+    model = suite.model(any_base)
     batch = suite.collate(suite.training_set(20, seed=0))
     output = model(**batch)
     losses = []
@@ -74,15 +73,9 @@ def test_each_task_has_its_own_softmax(
     torch.testing.assert_close(output["loss"], torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("folder", ["bert_folder", "llama_folder"])
-def test_training_computes_short_sentences_apart(
-    folder: str,
-    request: pytest.FixtureRequest,
-    sentences_folder: Path,  # noqa: F811
-):
-    base = load_base(str(request.getfixturevalue(folder)))
-    suite = Sentences(base)
-    model = suite.model(base)
+def test_training_computes_short_sentences_apart(any_base: Base, sentences_folder: Path):  # noqa: F811
+    suite = Sentences(any_base)
+    model = suite.model(any_base)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -108,17 +101,11 @@ def test_training_computes_short_sentences_apart(
     ]
 
 
-@pytest.mark.parametrize("folder", ["bert_folder", "llama_folder"])
-def test_lora_has_its_size_under_the_classifier(
-    folder: str,
-    request: pytest.FixtureRequest,
-    sentences_folder: Path,  # noqa: F811
-):
-    base = load_base(str(request.getfixturevalue(folder)))
-    shapes = target_shapes(base).values()
+def test_lora_has_its_size_under_the_classifier(any_base: Base, sentences_folder: Path):  # noqa: F811
+    shapes = target_shapes(any_base).values()
     size = sum(equal_lora_rank(i, o, 4, 3) * (i + o) for i, o in shapes)
     assert len({equal_lora_rank(*shape, 4, 3) for shape in shapes}) > 1
-    model = adapt("lora", base, Sentences(base), seed=0)
+    model = adapt("lora", any_base, Sentences(any_base), seed=0)
     assert count_trainable(model) == (size, 7 * 32 + 7)
 
 
