@@ -1,10 +1,13 @@
 """Evidence: its statistics against SciPy, on stored records too, and the tables and pictures."""
 
+import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib
+import nbformat
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -12,10 +15,27 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_lab_plan import plan_file, swept
 
+from rlora_lab import report
 from rlora_lab.errors import LabError
 from rlora_lab.plan import RECORDS, load_plan
+from rlora_lab.published import (
+    PAIR,
+    PUBLISHED,
+    deviation,
+    leads,
+    leads_plot,
+    points,
+    published,
+    scatter,
+    scatter_table,
+    shown_table,
+)
 from rlora_lab.record import add_record, read_records
 from rlora_lab.report import (
+    BY_ALGEBRA,
+    SIMPLEST_FIRST,
+    advice_table,
+    advise,
     contrast_table,
     correlation_table,
     rates_table,
@@ -41,7 +61,14 @@ from rlora_lab.results import (
     similarity_points,
 )
 
+BOOK = Path(__file__).parent.parent / "book"
+sys.path.insert(0, str(BOOK))
+
+import execute  # noqa: E402
+
 matplotlib.use("Agg")
+MAKERS = ("rlora_lab.report", "rlora_lab.published")
+WRITER = inspect.getsource(report.write_report)
 STORED = sorted(path.stem for path in RECORDS.glob("*.jsonl"))
 METHODS = ["rlora", "lora", "mlora", "hydralora"]
 SETTING = {
@@ -176,6 +203,8 @@ def test_stored_records_against_scipy(block: str, capsys: pytest.CaptureFixture)
     assert all(f'"{root}/' not in text and f" {root}/" not in text for root in ("", "/home"))
     if len(result["seeds"]) > 1 and "rlora" in result["methods"]:
         check_against_scipy(result)
+        for sigma, low, high in scatter(result).values():
+            assert 0 < low < sigma < high
 
 
 def test_stored_records_are_small():
@@ -314,6 +343,130 @@ def test_gains_on_related_and_different_tasks(tmp_path: Path):
     assert len(fewer.values) == 4
 
 
+drawn = st.lists(st.floats(-100, 100), min_size=2, max_size=20)
+
+
+@given(drawn)
+def test_a_deviation_and_its_interval_are_scipys(values: list[float]):
+    assume(np.std(values) > 1e-3)
+    sigma, low, high = deviation(values)
+    assert sigma == pytest.approx(np.std(values, ddof=1))
+    reference = stats.mvsdist(values)[2]  # flat priors: the same interval as by chi squared
+    assert (low, high) == pytest.approx(reference.interval(0.95), rel=1e-6)
+
+
+def test_scatter_and_what_one_run_shows(tmp_path: Path):
+    plan = make_up(tmp_path, a={"rlora": 0.1})
+    result = evidence(tmp_path, plan)
+    found = scatter(result)
+    scores = {m: 100 * score_array(result, m).mean(1) for m in PAIR}
+    for m in PAIR:
+        assert found[m] == deviation(scores[m])
+    assert found["paired"] == pytest.approx(deviation(scores["rlora"] - scores["lora"]))
+    assert found["paired"][0] < found["lora"][0] / 2  # their luck is shared
+    table = scatter_table({"words": result})
+    assert [*table.index] == ["words: LoRA", "words: R-LoRA", "words: R-LoRA less LoRA, paired"]
+    row = table.loc["words: R-LoRA"]
+    assert row["one run each shows"] == f"{8**0.5 * found['rlora'][0]:.1f}"
+    assert row["sigma"] == f"{found['rlora'][0]:.1f}" and row["seeds"] == "6"
+    row = table.loc["words: R-LoRA less LoRA, paired"]
+    assert row["one run each shows"] == f"{2 * found['paired'][0]:.1f}"
+    independent = (found["lora"][0] ** 2 + found["rlora"][0] ** 2) ** 0.5
+    assert row["if luck were independent"] == f"{independent:.1f}"
+
+
+def test_published_leads():
+    averages, ahead = published(), leads()
+    assert averages.shape == (len(PUBLISHED), 5) and not averages["R-LoRA"].isna().any()
+    row = "8 tasks, Qwen2.5-0.5B (v1, Table 5)"
+    assert ahead.loc[row, "HydraLoRA"] == pytest.approx(67.31 - 64.13)
+    assert (ahead.isna() == averages[ahead.columns].isna()).all(axis=None)
+    assert (ahead.min() >= 0).all()  # R-LoRA stands at the top of each
+    shown = points(ahead, "+.2f")
+    assert shown.loc[row, "HydraLoRA"] == "+3.18" and shown.loc[row, "LoRA"] == "–"
+
+
+def test_how_many_leads_are_shown(tmp_path: Path):
+    """Against a scatter that is known, R-LoRA's half of the others': the larger one counts."""
+    plan = make_up(tmp_path, seeds=2, a={})
+    result = evidence(tmp_path, plan)
+    for sigma, count in ((0.0001, 16), (1.0, 3), (2.0, 0)):  # needed: 3.18, 5.1, 4.5 over 2.83
+        for record in result["records"]:
+            if record["test"]:
+                own = sigma / (2 if record["method"] == "rlora" else 1)
+                at = 0.5 + own / 100 * (record["seed"] - 0.5) * 2**0.5
+                record["test"] = {t: {"letters": at} for t in record["test"]}
+        assert scatter(result)["lora"][0] == pytest.approx(sigma)
+        row = shown_table({"words": result}).loc["words"]
+        assert row.to_dict() == {
+            "sigma": f"{sigma:.1f}",
+            "leads shown": str(count),
+            "published leads": "16",
+        }
+    figure = leads_plot({"words": result})
+    marks, lines = figure.axes[0].lines[:4], figure.axes[0].lines[4:]
+    assert sum(np.isfinite(np.ma.filled(m.get_xdata(), np.nan)).sum() for m in marks) == 16
+    assert [line.get_xdata()[0] for line in lines] == pytest.approx([2.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "gains, use",
+    [
+        ({}, "lora"),
+        ({"mlora": 0.2}, "mlora"),
+        ({"mlora": 0.2, "rlora": 0.2}, "mlora"),
+        ({"mlora": 0.1, "rlora": 0.2}, "rlora"),
+        ({"lora": 0.2}, "lora"),
+        ({"lora": -0.1, "rlora": 0.1}, "rlora"),
+    ],
+)
+def test_the_simplest_that_is_not_beaten(gains: dict, use: str, tmp_path: Path):
+    plan = make_up(tmp_path, a=gains)
+    result = evidence(tmp_path, plan)
+    found, contrasts = advise(result)
+    assert found == use and len(contrasts) == 3
+    table = advice_table({"here": result}, result)
+    assert table.loc["here", "use"] == report.label(use)
+    assert f"R-LoRA less LoRA {contrasts[1].mean:+.1f} (" in table.loc["here", "because"]
+    assert contrasts[1].values == pytest.approx(differences(result, "rlora", "lora"))
+    assert [*table.index][-len(BY_ALGEBRA) :] == [*BY_ALGEBRA]
+    assert table.loc["here", "one random head less it"] == ""  # it was not run
+
+
+def test_advice_where_time_is_short(tmp_path: Path):
+    plan = make_up(tmp_path, a={"one-head": 0.3})
+    result = evidence(tmp_path, plan)
+    row = "time or memory are what is short"
+    table = advice_table({"here": result}, result)
+    assert table.loc["here", "one random head less it"].endswith(", better")
+    assert table.loc[row, "use"].startswith("no reason")
+    for record in result["records"]:
+        if record["method"] == "rlora" and record["stage"] == "test":
+            record["seconds"], record["kept_bytes"] = 3.0, 2**21
+    table = advice_table({"here": result}, result)
+    assert table.loc[row, "use"] == "plain LoRA"
+    assert "2.00 times the time of PEFT's LoRA and kept 2.00 times" in table.loc[row, "because"]
+    assert set(SIMPLEST_FIRST) <= set(result["methods"])
+
+
+@pytest.mark.parametrize("chapter", ["08_does_it_help", "10_paper_and_code"])
+def test_the_report_makes_what_the_chapters_show(chapter: str):
+    """Each table and picture that a chapter takes from the lab is one of the report's."""
+    notebook = nbformat.read(BOOK / f"{chapter}.ipynb", as_version=4)
+    trees = [execute.parse_cell(source) for source in execute.code_of(notebook)]
+    shown = {
+        alias.name
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in MAKERS
+        for alias in node.names
+        if alias.name.endswith(("_table", "_plot", "_dots", "_curves", "forest"))
+    }
+    assert len(shown) >= 3
+    made = {n.id for n in ast.walk(ast.parse(WRITER)) if isinstance(n, ast.Name)}
+    assert shown <= made
+
+
 def test_tables_say_what_was_measured(tmp_path: Path):
     plan = make_up(tmp_path, a={"mlora": -0.2})
     result = evidence(tmp_path, plan)
@@ -358,6 +511,9 @@ def test_the_report(tmp_path: Path):
         for name in (*pictures, "similarity-change"):
             assert {f"{block}-{name}.png", f"{block}-{name}.svg"} <= files
             assert f"({block}-{name}.png)" in text
+    for name in ("advice", "published", "published-leads", "scatter", "scatter-leads"):
+        assert f"{name}.csv" in files
+    assert "(scatter-leads.png)" in text
     for name in ("relatedness", "relatedness-sentences"):
         assert {f"{name}.png", f"{name}.svg", f"{name}-interaction.csv"} <= files
     assert not any(name.startswith(".") for name in files)

@@ -11,6 +11,7 @@ Tables are pandas DataFrames of finished text; pictures are matplotlib Figures. 
 | `contrast_table` | a row for each contrast: difference, interval, p, Holm, detectable, verdict |
 | `correlation_table` | head similarity against accuracy: r, overall and within methods |
 | `rates_table` | the validation score at each learning rate, the chosen one marked |
+| `advice_table` | which of plain LoRA, M-LoRA and R-LoRA to use when, and why |
 
 | pictures | what |
 | --- | --- |
@@ -19,10 +20,14 @@ Tables are pandas DataFrames of finished text; pictures are matplotlib Figures. 
 | `similarity_plot` | head similarity against accuracy, a point for each run |
 | `rate_curves` | validation score against learning rate |
 | `related_plot` | what a method gains where tasks are related, and where they differ |
+
+Those of chapter 10 are in `rlora_lab.published`. What that chapter measures of the seven departures
+it measures as it runs, from no record.
 """
 
 import os
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,11 +38,14 @@ from matplotlib.figure import Figure
 from .errors import LabError
 from .plan import PLAN, RECORDS, load_plan
 from .plotting import METHOD_STYLES, OKABE_ITO, use_book_style
+from .published import PAIR, leads, leads_plot, points, published, scatter_table, shown_table
 from .results import (
     Contrast,
     against_rlora,
     chosen_records,
     correlation,
+    differences,
+    family,
     ideas,
     interval,
     load_evidence,
@@ -49,6 +57,26 @@ from .results import (
 
 MAIN = ("rlora", "lora", "one-head", "mlora", "hydralora")  # all twelve would hide one another
 SIZES = (2, 4, 8)
+SIMPLEST_FIRST = ("lora", "mlora", "rlora")
+SITUATIONS = {  # rows of the advice by block
+    "ten mixed string tasks": "synthetic",
+    **{
+        f"{size} tasks, {kind}": f"{kind}-{size}"
+        for size in SIZES
+        for kind in ("different", "related")
+    },
+    "five real tasks": "sentences",
+    "three real tasks of sentiment": "sentences-related",
+}
+SCATTER = {"string tasks": "synthetic", "real text": "sentences"}  # chapter 10's
+BY_ALGEBRA = {  # when: what to use, because; chapters 04 and 07
+    "the update must be merged into W0": ("plain LoRA, M-LoRA", "a router can't be merged"),
+    "served by a stock LoRA server": (
+        "plain LoRA, or export_lora",
+        "exact only for fixed routing weights, as M-LoRA's are",
+    ),
+    "you want to see which head does what": ("R-LoRA", "the others have no router to look at"),
+}
 
 
 def label(name: str) -> str:
@@ -171,6 +199,62 @@ def rates_table(result: dict) -> pd.DataFrame:
         }
     table = pd.DataFrame.from_dict(rows, orient="index").fillna("")
     return table[sorted(table.columns, key=float)]
+
+
+def advise(result: dict) -> tuple[str, list[Contrast]]:
+    """The first of `SIMPLEST_FIRST` that neither other beats, and the differences that say so.
+
+    Each is compared with each, corrected by Holm for these three questions. So where nothing can
+    be told, the simplest stays.
+    """
+    found = family(
+        {
+            f"{two} less {one}": differences(result, two, one)
+            for one, two in combinations(SIMPLEST_FIRST, 2)
+        }
+    )
+    beaten = set()
+    for c in found:
+        two, one = c.name.split(" less ")
+        if c.verdict != "cannot tell":
+            beaten.add(one if c.verdict == "better" else two)
+    return next(method for method in SIMPLEST_FIRST if method not in beaten), found
+
+
+def advice_table(situations: dict[str, dict], costs: dict) -> pd.DataFrame:
+    """When to use which of `SIMPLEST_FIRST`, and why.
+
+    Args:
+        situations: `{when: result}`, a row each by `advise`. One random head is no part of that
+            rule: the last column sets it against what the rule names.
+        costs: the result whose time and memory of training decide where these are what is short.
+    """
+
+    def words(c: Contrast) -> str:
+        return f"{c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f}), {c.verdict}"
+
+    rows = {}
+    for when, result in situations.items():
+        use, found = advise(result)
+        head = ""
+        if "one-head" in result["methods"]:
+            head = words(family({"one-head": differences(result, "one-head", use)})[0])
+        because = "; ".join(f"{label(c.name)} {words(c)}" for c in found)
+        rows[when] = label(use), because, head
+    spent = (
+        np.median([[r["seconds"], r["kept_bytes"]] for r in chosen_records(costs, m)], 0)
+        for m in ("rlora", "lora")
+    )
+    time, memory = np.divide(*spent)
+    rows["time or memory are what is short"] = (
+        "plain LoRA" if min(time, memory) > 1 else "no reason for either: chapter 09",
+        f"in the runs on {costs['config']['base']} R-LoRA took {time:.2f} times the time of PEFT's "
+        f"LoRA and kept {memory:.2f} times its memory",
+        "",
+    )
+    rows |= {when: (*why, "") for when, why in BY_ALGEBRA.items()}
+    columns = ["use", "because", "one random head less it"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
 def forest(contrasts: Sequence[Contrast], title: str = "", xlabel: str = "") -> Figure:
@@ -369,6 +453,25 @@ def write_report(folder: Path, plan: Path = PLAN, records: Path = RECORDS) -> st
         pair = {"real text": (blocks["sentences"], blocks["sentences-related"])}
         found = relatedness(pair, tasks=blocks["sentences-related"]["tasks"])
         related("relatedness-sentences", "Real text", found)
+
+    def has(block: str, *methods: str) -> bool:
+        return block in blocks and set(methods) <= set(blocks[block]["methods"])
+
+    situations = {
+        when: blocks[block] for when, block in SITUATIONS.items() if has(block, *SIMPLEST_FIRST)
+    }
+    if situations:
+        parts.append("## Which one to use")
+        costs = next(iter(situations.values()))
+        table("advice", "Rule: the simplest that is not beaten", advice_table(situations, costs))
+    parts.append("## The published numbers")
+    table("published", "Average accuracies", points(published()))
+    table("published-leads", "R-LoRA less each other row", points(leads(), "+.2f"))
+    spread = {words: blocks[block] for words, block in SCATTER.items() if has(block, *PAIR)}
+    if spread:
+        table("scatter", "Scatter over seeds, percentage points", scatter_table(spread))
+        table("scatter-leads", "What one run each could show", shown_table(spread))
+        picture("scatter-leads", leads_plot(spread))
     plt.rcParams.update(style)
     text = "\n\n".join(parts) + "\n"
     _write(folder, "report.md", text)
