@@ -205,6 +205,15 @@ def test_stored_records_against_scipy(block: str, capsys: pytest.CaptureFixture)
         check_against_scipy(result)
         for sigma, low, high in scatter(result).values():
             assert 0 < low < sigma < high
+    for c, (_, method, against) in zip(
+        ideas(result),
+        [idea for idea in IDEAS if {*idea[1:]} <= {*result["methods"]}],
+        strict=True,
+    ):
+        scores = [100 * score_array(result, m).mean(1) for m in (method, against)]
+        reference = stats.ttest_rel(*scores)
+        assert (c.p, c.mean) == pytest.approx((reference.pvalue, np.subtract(*scores).mean()))
+        assert (c.low, c.high) == pytest.approx(reference.confidence_interval(0.95))
 
 
 def test_stored_records_are_small():

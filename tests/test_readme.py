@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlora_lab.bases import load_base
-from rlora_lab.results import against_rlora, differences, family, load_evidence
+from rlora_lab.results import against_rlora, chosen_records, differences, family, load_evidence
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,7 +37,13 @@ def test_address_is_that_of_the_configuration():
     assert set(re.findall(r"https://github\.com/[\w-]+/rlora-book", README)) == {url}
 
 
-NAMES = {"lora": "LoRA", "one-head": "one random head", "mlora": "M-LoRA"}
+NAMES = {
+    "lora": "LoRA",
+    "one-head": "one random head",
+    "mlora": "M-LoRA",
+    "hydralora": "HydraLoRA",
+    "lora-rank": "LoRA of equal rank",
+}
 BLOCKS = ("synthetic", "sentences")
 
 
@@ -58,6 +64,14 @@ def rows() -> list[str]:
 
 def test_numbers_are_the_recorded_ones():
     assert re.findall(r"^\| .*\d\.\d.*\|$", README, re.M) == rows()
+
+
+def test_the_last_row_is_smaller():
+    assert "0.4 times as many" in README
+    for block in BLOCKS:
+        record = load_evidence(block, say=False)
+        size = chosen_records(record, "lora-rank")[0]["adapter_parameters"]
+        assert round(size / record["rlora_parameters"], 1) == 0.4
 
 
 def test_its_sentence_is_the_measured_one():
