@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from rlora_lab.bases import load_base
-from rlora_lab.results import against_rlora, chosen_records, differences, family, load_evidence
+from rlora_lab.results import (
+    against_rlora,
+    chosen_records,
+    differences,
+    family,
+    load_evidence,
+    relatedness,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -82,8 +89,15 @@ def test_its_sentence_is_the_measured_one():
     assert "It was\nnot in anything that we measured" in README
     assert strings.verdict == "cannot tell"
     record = load_evidence("synthetic", say=False)
-    pairs = [("lora", "rlora"), ("lora", "mlora"), ("mlora", "rlora")]
-    assert family({f"{a} {b}": differences(record, a, b) for a, b in pairs})[0].verdict == "better"
+    three = [("lora", "rlora"), ("lora", "mlora"), ("mlora", "rlora")]
+    assert family({f"{a} {b}": differences(record, a, b) for a, b in three})[0].verdict == "better"
     assert text.verdict == "better" and text.mean < 1
+    pairs = {
+        size: tuple(load_evidence(f"{kind}-{size}", say=False) for kind in ("different", "related"))
+        for size in (2, 4, 8)
+    }
+    different = {c.name: c.verdict for c in relatedness(pairs)["different"]}
+    assert [n for n in pairs if different[f"{n}: rlora"] == "worse"] == [2, 8]
+    assert "it is better\non two and on eight string tasks that differ" in README
     seeds = [len(load_evidence(block, say=False)["seeds"]) for block in BLOCKS]
     assert f"ten string tasks, {seeds[0]} seeds | five sentence tasks, {seeds[1]} seeds" in README
