@@ -10,6 +10,7 @@ import matplotlib
 import nbformat
 import numpy as np
 import pytest
+from chapter_code import BOOK
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
@@ -45,6 +46,7 @@ from rlora_lab.report import (
 )
 from rlora_lab.results import (
     IDEAS,
+    Contrast,
     against_rlora,
     chosen_records,
     correlation,
@@ -61,14 +63,11 @@ from rlora_lab.results import (
     similarity_points,
 )
 
-BOOK = Path(__file__).parent.parent / "book"
 sys.path.insert(0, str(BOOK))
 
 import execute  # noqa: E402
 
 matplotlib.use("Agg")
-MAKERS = ("rlora_lab.report", "rlora_lab.published")
-WRITER = inspect.getsource(report.write_report)
 STORED = sorted(path.stem for path in RECORDS.glob("*.jsonl"))
 METHODS = ["rlora", "lora", "mlora", "hydralora"]
 SETTING = {
@@ -137,6 +136,16 @@ def evidence(folder: Path, plan: Path, name: str = "a") -> dict:
     return load_evidence(name, say=False, plan=plan, records=folder)
 
 
+def check_contrast(c: Contrast, scores: np.ndarray, others: np.ndarray) -> float:
+    """A paired difference of scores, one a seed, against SciPy; gives SciPy's p."""
+    reference = stats.ttest_rel(scores, others)
+    low, high = reference.confidence_interval(0.95)
+    assert c.mean == pytest.approx((scores - others).mean())
+    assert (c.low, c.high) == (pytest.approx(low), pytest.approx(high))
+    assert c.p == pytest.approx(reference.pvalue)
+    return reference.pvalue
+
+
 def check_against_scipy(result: dict) -> None:
     """All that is said of a block's paired differences, against SciPy on its raw scores."""
     for metric in result["metrics"]:
@@ -148,16 +157,11 @@ def check_against_scipy(result: dict) -> None:
             if np.ptp(c.values) == 0:
                 p.append(float(not c.values.any()))
                 continue
-            reference = stats.ttest_rel(scores[c.name], scores["rlora"])
-            low, high = reference.confidence_interval(0.95)
-            assert c.mean == pytest.approx((scores[c.name] - scores["rlora"]).mean())
-            assert (c.low, c.high) == (pytest.approx(low), pytest.approx(high))
-            assert c.p == pytest.approx(reference.pvalue)
+            p.append(check_contrast(c, scores[c.name], scores["rlora"]))
             by_hundred = [v / 100 for v in (c.mean, c.low, c.high)]
             assert by_hundred == pytest.approx(
                 paired_difference(result, c.name, "rlora", metric), abs=1e-12
             )
-            p.append(reference.pvalue)
         order = np.argsort(p)
         so_far = 0.0
         for rank, i in enumerate(order):
@@ -210,10 +214,7 @@ def test_stored_records_against_scipy(block: str, capsys: pytest.CaptureFixture)
         [idea for idea in IDEAS if {*idea[1:]} <= {*result["methods"]}],
         strict=True,
     ):
-        scores = [100 * score_array(result, m).mean(1) for m in (method, against)]
-        reference = stats.ttest_rel(*scores)
-        assert (c.p, c.mean) == pytest.approx((reference.pvalue, np.subtract(*scores).mean()))
-        assert (c.low, c.high) == pytest.approx(reference.confidence_interval(0.95))
+        check_contrast(c, *(100 * score_array(result, m).mean(1) for m in (method, against)))
 
 
 def test_stored_records_are_small():
@@ -461,18 +462,23 @@ def test_advice_where_time_is_short(tmp_path: Path):
 @pytest.mark.parametrize("chapter", ["08_does_it_help", "10_paper_and_code"])
 def test_the_report_makes_what_the_chapters_show(chapter: str):
     """Each table and picture that a chapter takes from the lab is one of the report's."""
+    makers = "rlora_lab.report", "rlora_lab.published"
     notebook = nbformat.read(BOOK / f"{chapter}.ipynb", as_version=4)
     trees = [execute.parse_cell(source) for source in execute.code_of(notebook)]
     shown = {
         alias.name
         for tree in trees
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module in MAKERS
+        if isinstance(node, ast.ImportFrom) and node.module in makers
         for alias in node.names
         if alias.name.endswith(("_table", "_plot", "_dots", "_curves", "forest"))
     }
     assert len(shown) >= 3
-    made = {n.id for n in ast.walk(ast.parse(WRITER)) if isinstance(n, ast.Name)}
+    made = {
+        n.id
+        for n in ast.walk(ast.parse(inspect.getsource(write_report)))
+        if isinstance(n, ast.Name)
+    }
     assert shown <= made
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from rlora_lab.bases import load_base
+from rlora_lab.report import advise
 from rlora_lab.results import (
     against_rlora,
     chosen_records,
-    differences,
-    family,
     load_evidence,
     relatedness,
 )
@@ -89,8 +88,8 @@ def test_its_sentence_is_the_measured_one():
     assert "It was\nnot in anything that we measured" in README
     assert strings.verdict == "cannot tell"
     record = load_evidence("synthetic", say=False)
-    three = [("lora", "rlora"), ("lora", "mlora"), ("mlora", "rlora")]
-    assert family({f"{a} {b}": differences(record, a, b) for a, b in three})[0].verdict == "better"
+    three = {c.name: c.verdict for c in advise(record)[1]}
+    assert three["rlora less lora"] == "worse"
     assert text.verdict == "better" and text.mean < 1
     pairs = {
         size: tuple(load_evidence(f"{kind}-{size}", say=False) for kind in ("different", "related"))

@@ -119,10 +119,11 @@ def leads_plot(records: dict[str, dict]) -> Figure:
         above = needed[column].where(needed[column] > 0)
         ax.plot(above, range(len(needed)), label=f"R-LoRA less {column}", **style)
     for (words, result), line in zip(records.items(), LINE_STYLES, strict=False):
+        found = scatter(result)
         for method in PAIR:
             style = METHOD_STYLES[method] | {"marker": "", "linestyle": line}
             style["label"] = f"our {words}: {style['label']}"
-            ax.axvline(scatter(result)[method][0], **style)
+            ax.axvline(found[method][0], **style)
     ax.set_yticks(range(len(needed)), needed.index, fontsize=7)
     ax.set(xscale="log", ylim=(len(needed) - 0.4, -0.6))
     ax.set_xlabel("standard deviation over seeds, percentage points")

@@ -207,17 +207,13 @@ def advise(result: dict) -> tuple[str, list[Contrast]]:
     Each is compared with each, corrected by Holm for these three questions. So where nothing can
     be told, the simplest stays.
     """
-    found = family(
-        {
-            f"{two} less {one}": differences(result, two, one)
-            for one, two in combinations(SIMPLEST_FIRST, 2)
-        }
-    )
-    beaten = set()
-    for c in found:
-        two, one = c.name.split(" less ")
-        if c.verdict != "cannot tell":
-            beaten.add(one if c.verdict == "better" else two)
+    pairs = list(combinations(SIMPLEST_FIRST, 2))
+    found = family({f"{two} less {one}": differences(result, two, one) for one, two in pairs})
+    beaten = {
+        one if c.verdict == "better" else two
+        for (one, two), c in zip(pairs, found, strict=True)
+        if c.verdict != "cannot tell"
+    }
     return next(method for method in SIMPLEST_FIRST if method not in beaten), found
 
 
