@@ -82,7 +82,7 @@ evidence: $(STAMP)
 # The same path in minutes, on a few made-up sentences, in a folder that is thrown away.
 evidence-quick: export HF_HUB_OFFLINE = 1
 evidence-quick: export RLORA_DATA = tests/fixtures/sentences
-evidence-quick: PLAN = --plan book/rlora_lab/results/evidence/plan-quick.toml
+evidence-quick: PLAN = --plan book/rlora_lab/plans/quick.toml
 evidence-quick: $(STAMP)
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 		$(BIN)/python -m rlora_lab evidence $(PLAN) --records "$$folder/records" && \

@@ -30,10 +30,10 @@ from nbclient.exceptions import CellExecutionError
 BOOK = Path(__file__).resolve().parent
 PACKAGES = {"rlora_min": BOOK.parent / "rlora_min", "rlora_lab": BOOK / "rlora_lab"}
 STAMP = "rlora_book"
-# What chapters read recorded numbers by, and the files of a name below results/.
+# What chapters read recorded numbers by, and the lab's files of a name.
 READERS = {
-    "load_result": ["{}.json"],
-    "load_evidence": ["evidence/{}.jsonl", "evidence/plan.toml"],
+    "load_result": ["records/{}.json"],
+    "load_evidence": ["records/evidence/{}.jsonl", "plans/evidence.toml"],
 }
 # No part of a chapter's output: bars of files being read, and libraries' notes to themselves.
 QUIET = {
@@ -111,7 +111,7 @@ def modules_of(trees: list[ast.Module], packages: dict[str, Path]) -> dict[str, 
 
 
 def results_of(trees: list[ast.Module]) -> list[str]:
-    """The files, below results/, of the recorded results that the cells read.
+    """The files, below the lab, of the recorded results that the cells read.
 
     Raises:
         ValueError: one of the readers, whose first argument is no literal string.
@@ -136,7 +136,7 @@ def notebook_hash(notebook: nbformat.NotebookNode, packages: dict[str, Path] = P
     parts += [(name, canonical(tree).encode()) for name, tree in sorted(modules.items())]
     if "rlora_lab" in modules:
         lab = packages["rlora_lab"]
-        files = [lab / "results" / name for name in results_of(trees)]
+        files = [lab / name for name in results_of(trees)]
         files += sorted(path for path in (lab / "data").rglob("*") if path.is_file())
         parts += [(path.relative_to(lab).as_posix(), path.read_bytes()) for path in files]
     digest = hashlib.sha256()

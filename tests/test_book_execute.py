@@ -14,13 +14,13 @@ FILES = {
     "rlora_min/__init__.py": '"""The package."""\nfrom .rlora import layer\n',
     "rlora_min/rlora.py": "def layer():\n    '''A docstring.'''\n    return 1\n",
     "rlora_lab/__init__.py": "",
-    "rlora_lab/results.py": "import json\n\ndef load_result(name):\n    return name\n",
-    "rlora_lab/tasks.py": "import rlora_min\n",
+    "rlora_lab/report/results.py": "import json\n\ndef load_result(name):\n    return name\n",
+    "rlora_lab/tasks/strings.py": "import rlora_min\n",
     "rlora_lab/other.py": "unused = 1\n",
-    "rlora_lab/results/run.json": "{}",
-    "rlora_lab/results/other.json": "{}",
-    "rlora_lab/results/evidence/many.jsonl": "{}",
-    "rlora_lab/results/evidence/plan.toml": "[many]",
+    "rlora_lab/records/run.json": "{}",
+    "rlora_lab/records/other.json": "{}",
+    "rlora_lab/records/evidence/many.jsonl": "{}",
+    "rlora_lab/records/evidence/plan.toml": "[many]",
     "rlora_lab/data/base.bin": "0",
 }
 
@@ -40,9 +40,9 @@ def chapter(*sources: str) -> nbformat.NotebookNode:
 
 
 SOURCES = [
-    "%matplotlib inline\nfrom rlora_lab.tasks import rlora_min",
-    "from rlora_lab.results import load_result\nload_result('run')",
-    "from rlora_lab import results\nresults.load_evidence('many')",
+    "%matplotlib inline\nfrom rlora_lab.tasks.strings import rlora_min",
+    "from rlora_lab.report.results import load_result\nload_result('run')",
+    "from rlora_lab.report import results\nresults.load_evidence('many')",
 ]
 
 
@@ -53,12 +53,12 @@ SOURCES = [
         ("rlora_min/rlora.py", "A docstring", "Another docstring", False),
         ("rlora_min/rlora.py", "return 1", "return 1  # a comment", False),
         ("rlora_min/__init__.py", "The package", "Our package", False),
-        ("rlora_lab/tasks.py", "import rlora_min", "import rlora_min, os", True),
+        ("rlora_lab/tasks/strings.py", "import rlora_min", "import rlora_min, os", True),
         ("rlora_lab/other.py", "1", "2", False),
-        ("rlora_lab/results/run.json", "{}", "[]", True),
-        ("rlora_lab/results/other.json", "{}", "[]", False),
-        ("rlora_lab/results/evidence/many.jsonl", "{}", "[]", True),
-        ("rlora_lab/results/evidence/plan.toml", "many", "few", True),
+        ("rlora_lab/records/run.json", "{}", "[]", True),
+        ("rlora_lab/records/other.json", "{}", "[]", False),
+        ("rlora_lab/records/evidence/many.jsonl", "{}", "[]", True),
+        ("rlora_lab/records/evidence/plan.toml", "many", "few", True),
         ("rlora_lab/data/base.bin", "0", "1", True),
     ],
 )
@@ -80,7 +80,7 @@ def test_the_code_cells_count_and_the_text_does_not(project):
 
 
 def test_a_result_must_be_named_by_a_literal(project):
-    nb = chapter("from rlora_lab.results import load_result\nload_result(name)")
+    nb = chapter("from rlora_lab.report.results import load_result\nload_result(name)")
     with pytest.raises(ValueError, match="literal"):
         execute.notebook_hash(nb, project)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rlora_lab.bases import load_base
-from rlora_lab.report import advise
-from rlora_lab.results import (
+from rlora_lab.models.bases import load_base
+from rlora_lab.report.report import advise
+from rlora_lab.report.results import (
     against_rlora,
     chosen_records,
     load_evidence,

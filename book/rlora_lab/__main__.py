@@ -8,17 +8,17 @@ import torch
 import typer
 from rich.console import Console
 
-from .bases import TINY
 from .errors import LabError
-from .evidence import status_table, work
-from .methods import METHODS
-from .plan import PLAN, RECORDS, load_plan
-from .quality import DEFAULTS, SUITES, Quality
-from .sentences import Sentences
-from .speed import Speed, tables
-from .tables import table
-from .tasks import Synthetic
-from .train_base import train_base
+from .models.bases import TINY
+from .models.methods import METHODS
+from .models.train_base import train_base
+from .report.tables import table
+from .runs.evidence import status_table, work
+from .runs.plan import PLAN, RECORDS, load_plan
+from .runs.quality import DEFAULTS, SUITES, Quality
+from .speed.bench import Speed, tables
+from .tasks.sentences import Sentences
+from .tasks.strings import Synthetic
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -120,7 +120,7 @@ Plan = Annotated[
 ]
 Records = Annotated[
     Path,
-    typer.Option(help="folder of the records", show_default="results/evidence of this package"),
+    typer.Option(help="folder of the records", show_default="records/evidence of this package"),
 ]
 
 
@@ -175,7 +175,7 @@ def report(
     out: Annotated[Path, typer.Option(help="folder for tables and pictures")] = Path("runs/report"),
 ) -> None:
     """Make the tables and pictures of chapters 08 and 10 from the records."""
-    from .report import write_report  # pandas and matplotlib are for this command alone
+    from .report.report import write_report  # pandas and matplotlib are for this command alone
 
     print(write_report(out, plan, records))
     print(f"Written to {out}: report.md, tables as CSV, pictures as PNG and SVG.")
