@@ -637,9 +637,8 @@ def test_the_command_refuses_a_bad_release_and_says_which(releases, tmp_path, mo
     whole = (copied / "v2" / serve.FILES[1]).read_bytes()
     (copied / "v2" / serve.FILES[1]).write_bytes(whole[:-1])
     monkeypatch.setattr(sys, "argv", ["serve", str(copied)])
-    with pytest.raises(
-        SystemExit
-    ) as end:  # as `python -m rlora_lab.serving.serve` does, in this process
+    # as `python -m rlora_lab.serving.serve` does, in this process
+    with pytest.raises(SystemExit) as end:
         runpy.run_module("rlora_lab.serving.serve", run_name="__main__")
     assert end.value.code == 2
     said = capsys.readouterr()

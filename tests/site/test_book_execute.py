@@ -7,20 +7,21 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "book"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "book"))
 import execute  # noqa: E402
 
 FILES = {
     "rlora_min/__init__.py": '"""The package."""\nfrom .rlora import layer\n',
     "rlora_min/rlora.py": "def layer():\n    '''A docstring.'''\n    return 1\n",
     "rlora_lab/__init__.py": "",
+    "rlora_lab/report/__init__.py": "",
     "rlora_lab/report/results.py": "import json\n\ndef load_result(name):\n    return name\n",
     "rlora_lab/tasks/strings.py": "import rlora_min\n",
     "rlora_lab/other.py": "unused = 1\n",
     "rlora_lab/records/run.json": "{}",
     "rlora_lab/records/other.json": "{}",
     "rlora_lab/records/evidence/many.jsonl": "{}",
-    "rlora_lab/records/evidence/plan.toml": "[many]",
+    "rlora_lab/plans/evidence.toml": "[many]",
     "rlora_lab/data/base.bin": "0",
 }
 
@@ -54,11 +55,12 @@ SOURCES = [
         ("rlora_min/rlora.py", "return 1", "return 1  # a comment", False),
         ("rlora_min/__init__.py", "The package", "Our package", False),
         ("rlora_lab/tasks/strings.py", "import rlora_min", "import rlora_min, os", True),
+        ("rlora_lab/report/__init__.py", "", "import rlora_lab.other", True),
         ("rlora_lab/other.py", "1", "2", False),
         ("rlora_lab/records/run.json", "{}", "[]", True),
         ("rlora_lab/records/other.json", "{}", "[]", False),
         ("rlora_lab/records/evidence/many.jsonl", "{}", "[]", True),
-        ("rlora_lab/records/evidence/plan.toml", "many", "few", True),
+        ("rlora_lab/plans/evidence.toml", "many", "few", True),
         ("rlora_lab/data/base.bin", "0", "1", True),
     ],
 )
