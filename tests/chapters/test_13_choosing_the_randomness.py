@@ -278,7 +278,7 @@ def test_the_recorded_study_is_whole(capsys):
     assert all(result[key] in said for key in ("date", "machine", "command"))
     text = (files("rlora_lab") / "records" / f"{NAME}.json").read_text()
     assert not any(f'"{root}/' in text or f" {root}/" in text for root in ("", "/home", "/root"))
-    assert result["complete"] and result["command"].startswith("python -m rlora_lab.runs.study")
+    assert result["complete"] and result["command"].startswith("python -m rlora_lab.study")
     assert result["config"]["defaults"] == study.DEFAULTS
     searched = [r for r in result["records"] if r["stage"] == "search"]
     assert [r["seed"] for r in searched] == list(range(result["config"]["trials"]))

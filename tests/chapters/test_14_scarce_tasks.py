@@ -295,7 +295,7 @@ def test_the_recorded_runs_are_whole(capsys):
     assert all(result[key] in said for key in ("date", "machine", "command"))
     text = (files("rlora_lab") / "records" / f"{NAME}.json").read_text()
     assert not any(f'"{root}/' in text or f" {root}/" in text for root in ("", "/home", "/root"))
-    assert result["complete"] and result["command"].startswith("python -m rlora_lab.runs.scarce")
+    assert result["complete"] and result["command"].startswith("python -m rlora_lab.scarce")
     assert result["config"]["sizes"] == scarce.SIZES
     assert not set(result["seeds"]) & set(result["config"]["sweep_seeds"])
     of_mixtures = [r for r in result["records"] if r["stage"] in ("sweep", "test")]

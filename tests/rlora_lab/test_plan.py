@@ -38,7 +38,7 @@ def test_the_plan_of_the_book():
 
 
 def test_the_quick_plan_is_the_same_path():
-    quick = load_plan(PLAN.with_name("plan-quick.toml"))
+    quick = load_plan(PLAN.with_name("quick.toml"))
     assert {"synthetic", "related-2", "different-2", "sentences"} == set(quick)
     assert any(block.rates_from for block in quick.values())
 

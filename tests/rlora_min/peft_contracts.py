@@ -1,9 +1,9 @@
-"""Runs PEFT's own tests on the R-LoRA tuner: `python tests/peft_contracts.py [--record]`.
+"""Runs PEFT's own tests on the R-LoRA tuner: `python tests/rlora_min/peft_contracts.py [--record]`.
 
 PEFT's source distribution carries tests/test_custom_models.py, the contracts that each of its
 tuners keeps. This command downloads that of the peft that is installed, puts our configurations in
 place of PEFT's in a temporary copy, and runs what is parametrized by them. Nothing of PEFT's is
-kept. With --record, the table of that release in tests/PEFT_CONTRACTS.md is written anew. Other
+kept. With --record, the table of that release in PEFT_CONTRACTS.md is written anew. Other
 options go to pytest. PEFT's tests need `pip install diffusers parameterized`.
 """
 
