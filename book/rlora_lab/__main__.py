@@ -16,7 +16,8 @@ from .report.tables import table
 from .runs.evidence import status_table, work
 from .runs.plan import PLAN, RECORDS, load_plan
 from .runs.quality import DEFAULTS, SUITES, Quality
-from .speed.bench import Speed, tables
+from .speed.bars import tables
+from .speed.bench import Speed
 from .tasks.sentences import Sentences
 from .tasks.strings import Synthetic
 

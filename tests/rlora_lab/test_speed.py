@@ -20,19 +20,12 @@ from rlora_lab.__main__ import app
 from rlora_lab.errors import LabError
 from rlora_lab.models.methods import equal_lora_rank
 from rlora_lab.models.published_loops import PublishedHydraLora, PublishedRLora, publish
+from rlora_lab.report.results import load_result
 from rlora_lab.speed import bench
-from rlora_lab.speed.bench import (
-    ALL,
-    BARS,
-    PAIR,
-    Case,
-    Speed,
-    Work,
-    cases,
-    kept_bytes,
-    tables,
-    verdicts,
-)
+from rlora_lab.speed.bars import BARS, find, ratio, tables, verdicts
+from rlora_lab.speed.bench import Speed
+from rlora_lab.speed.cases import ALL, PAIR, SHAPES, Case, cases
+from rlora_lab.speed.instruments import Work, kept_bytes
 from rlora_min import RLoraConfig
 
 QUIET = Console(quiet=True)
@@ -43,7 +36,7 @@ FIRST = Case(shape="tiny", batch=2, tokens=5, rounds=6, layers=1)
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[Case, tuple[str, ...]]:
     """Cases of a tiny shape, one for each bar but that of torch.compile."""
-    monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
     return {
         FIRST: ALL,
         replace(FIRST, study="heads", num_heads=32, rounds=2): PAIR,
@@ -183,22 +176,22 @@ def test_work_is_that_counted_by_hand():
 def test_the_shapes_have_the_sizes_that_the_models_cards_say():
     cards = {"Qwen2.5-0.5B": 0.36e9, "Qwen2.5-1.5B": 1.31e9, "Qwen2.5-7B": 6.53e9}
     for name, size in cards.items():  # without vocabulary
-        case = Case(shape=name, layers=bench.SHAPES[name]["layers"])
+        case = Case(shape=name, layers=SHAPES[name]["layers"])
         parameters = sum(p.numel() for p in bench.make_base(case, "meta").parameters())
         assert parameters == pytest.approx(size, rel=0.02)
 
 
 def test_lora_has_the_size_of_rlora():
     for case in cases("cpu", quick=False):
-        shape = bench.SHAPES[case.shape]
+        shape = SHAPES[case.shape]
         hidden, mlp = shape["hidden"], shape["mlp"]
         sizes = [(hidden, mlp)] * 2 + [(mlp, hidden)]
         wanted = sum(case.r * i + case.num_heads * (case.r * o + i) for i, o in sizes)
-        rank = bench.equal_rank(None, case)
+        rank = bench.equal_rank(case)
         step = sum(i + o for i, o in sizes)
         assert abs(rank * step - wanted) <= step / 2 or rank == 1
     ranks = [equal_lora_rank(*size, 4, 5) for size in ((896, 4864), (4864, 896))]
-    assert min(ranks) < bench.equal_rank(None, Case()) == 16 < max(ranks)
+    assert min(ranks) < bench.equal_rank(Case()) == 16 < max(ranks)
 
 
 # Ratios and bars
@@ -221,15 +214,15 @@ def test_a_ratio_is_the_median_within_rounds_with_its_interval():
     base = np.random.default_rng(0).uniform(1, 9, 20)  # a machine that others use too
     ratios = 1 + np.arange(20) / 100
     one, other = record("rlora", step=base * ratios), record("base", step=base)
-    value, low, high = bench.ratio(one, other)
+    value, low, high = ratio(one, other)
     # 5th and 15th of 20: between them lies the median in 95.9 % of samples
     assert (value, low, high) == pytest.approx((1.095, 1.05, 1.14))
     assert 0.95 < stats.binom(20, 0.5).cdf(14) - stats.binom(20, 0.5).cdf(5) < 0.97
-    assert bench.ratio(one, other, "backward")[0] == pytest.approx(1.095)
+    assert ratio(one, other, "backward")[0] == pytest.approx(1.095)
     few = [record(m, step=s) for m, s in (("rlora", [1, 2, 4]), ("base", [1, 1, 1]))]
-    assert bench.ratio(*few) == pytest.approx((2, 1, 4))
+    assert ratio(*few) == pytest.approx((2, 1, 4))
     counts = record("rlora", kept_bytes=3), record("base", kept_bytes=4)
-    assert bench.ratio(*counts, "kept_bytes") == (0.75, 0.75, 0.75)
+    assert ratio(*counts, "kept_bytes") == (0.75, 0.75, 0.75)
 
 
 def test_verdicts_say_what_holds_and_how_clearly():
@@ -261,6 +254,13 @@ def test_verdicts_say_what_holds_and_how_clearly():
     assert set(said.values()) == {(None, None)}
     assert bars["step", "base", first]["rounds"] == FIRST.rounds
     assert bars["step", "base", first]["value"] == pytest.approx(1.07)
+
+
+def test_the_recorded_bars_follow_from_the_recorded_runs():
+    result = load_result("speed-cpu", say=False)
+    assert verdicts(result) == result["bars"]
+    shown = screen(result, width=120)
+    assert "…" not in shown and "not measured" not in shown
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -297,9 +297,7 @@ def test_end_to_end(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert str(tmp_path) not in out.read_text()
 
     wanted = [(case, method) for case, methods in tiny.items() for method in methods]
-    assert [(bench._case(r), r["method"]) for r in result["records"]] == [
-        (asdict(case), method) for case, method in wanted
-    ]
+    assert [(Case.of(r), r["method"]) for r in result["records"]] == wanted
     sizes = {}
     for r in result["records"]:
         generates, plain = r["generate"] > 0, not (r["generate"] or r["checkpointing"])
@@ -361,7 +359,7 @@ def test_a_method_that_finds_no_memory_is_skipped_and_the_others_go_on(tiny, mon
     records = {r["method"]: r for r in bench.run_case(FIRST, ALL, "cpu", roof)}
     assert records["published-rlora"]["skipped"] == "out of memory"
     assert all(len(records[m]["seconds"]["forward"]) == FIRST.rounds for m in PAIR)
-    assert bench.find({"records": list(records.values())}, "published-rlora") is None
+    assert find({"records": list(records.values())}, "published-rlora") is None
 
 
 def test_what_is_refused_loses_nothing(tiny, tmp_path: Path):

@@ -43,7 +43,7 @@ from rlora_min import record_routing
 from ..errors import LabError
 from ..models.bases import load_base
 from ..models.methods import adapt, count_trainable
-from ..speed.bench import kept_bytes
+from ..speed.instruments import kept_bytes
 from .plan import Block, Run, missing, read_all
 from .quality import load_suite, mean_similarity
 from .record import add_record, environment
