@@ -36,7 +36,8 @@ from transformers import set_seed
 from rlora_min import RLoraConfig
 
 from ..errors import LabError
-from ..runs.training import Suite
+from ..names import METHODS
+from ..tasks.suite import Suite
 from .bases import Base
 from .variants import VariantConfig
 
@@ -53,7 +54,6 @@ _HEADS = {
     "rlora-centered": {"init_heads": "centered"},
     "rlora": {},
 }
-METHODS = (*_LORA, *_HEADS)
 
 
 def target_shapes(base: Base) -> dict[str, tuple[int, int]]:
