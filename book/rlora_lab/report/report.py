@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..drawing.style import METHOD_STYLES, OKABE_ITO, use_book_style
+from ..drawing.style import METHOD_STYLES, OKABE_ITO, book_style
 from ..errors import LabError
 from ..runs.plan import PLAN, RECORDS, load_plan
 from .published import PAIR, leads, leads_plot, points, published, scatter_table, shown_table
@@ -374,6 +374,7 @@ def _write(folder: Path, name: str, text: str) -> None:
     os.replace(temporary, folder / name)
 
 
+@book_style()
 def write_report(folder: Path, plan: Path = PLAN, records: Path = RECORDS) -> str:
     """Make every table and picture of the blocks that have been scored on test data.
 
@@ -382,9 +383,6 @@ def write_report(folder: Path, plan: Path = PLAN, records: Path = RECORDS) -> st
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = ["# What the recorded runs say"]
-    style = dict(plt.rcParams)
-    use_book_style()
-    plt.rcParams["svg.hashsalt"] = "rlora"
 
     def table(name: str, title: str, content: pd.DataFrame) -> None:
         _write(folder, f"{name}.csv", content.to_csv())
@@ -468,7 +466,6 @@ def write_report(folder: Path, plan: Path = PLAN, records: Path = RECORDS) -> st
         table("scatter", "Scatter over seeds, percentage points", scatter_table(spread))
         table("scatter-leads", "What one run each could show", shown_table(spread))
         picture("scatter-leads", leads_plot(spread))
-    plt.rcParams.update(style)
     text = "\n\n".join(parts) + "\n"
     _write(folder, "report.md", text)
     return text
