@@ -1,6 +1,7 @@
 """What a chapter defines, taken out of its notebook as a reader sees it."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,19 @@ def _wanted(node: ast.stmt, names: tuple[str, ...]) -> bool:
     return bool(found) and all(name in names or len(name) > 1 and name.isupper() for name in found)
 
 
-def chapter_sources(notebook: str) -> list[str]:
-    """The code cells of a chapter, solutions left out."""
+def chapter_sources(notebook: str, solutions: bool = False) -> list[str]:
+    """The code cells of a chapter, with or without its solutions."""
     code = execute.code_of(nbformat.read(BOOK / f"{notebook}.ipynb", as_version=4))
-    return [source for source in code if not source.startswith("# @title Solution")]
+    return [source for source in code if solutions or not source.startswith("# @title Solution")]
+
+
+def _run(notebook: str, sources: list[str], names: tuple[str, ...], given: dict) -> SimpleNamespace:
+    space = SimpleNamespace(**given)
+    vars(space)["__name__"] = notebook
+    for number, source in enumerate(sources):
+        body = [node for node in execute.parse_cell(source).body if _wanted(node, names)]
+        exec(compile(ast.Module(body, []), f"{notebook}, cell {number}", "exec"), vars(space))
+    return space
 
 
 def chapter_code(notebook: str, *names: str, **given) -> SimpleNamespace:
@@ -34,9 +44,12 @@ def chapter_code(notebook: str, *names: str, **given) -> SimpleNamespace:
 
     `names` are further variables to set as the chapter does, `given` are set before.
     """
-    space = SimpleNamespace(**given)
-    vars(space)["__name__"] = notebook
-    for number, source in enumerate(chapter_sources(notebook)):
-        body = [node for node in execute.parse_cell(source).body if _wanted(node, names)]
-        exec(compile(ast.Module(body, []), f"{notebook}, cell {number}", "exec"), vars(space))
-    return space
+    return _run(notebook, chapter_sources(notebook), names, given)
+
+
+def cell_code(notebook: str, name: str) -> SimpleNamespace:
+    """The same of the set-up and of the cell that defines `name` alone."""
+    set_up, *others = chapter_sources(notebook)
+    defines = re.compile(rf"^(def|class) {name}\(|^{name} = ", re.M)
+    holder = next(source for source in others if defines.search(source))
+    return _run(notebook, [set_up, holder], (), {})

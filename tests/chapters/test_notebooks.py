@@ -3,17 +3,14 @@
 import copy
 import itertools
 import re
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from chapter_code import execute
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "book"))
-import execute  # noqa: E402
-
 CHAPTERS = execute.chapters()
 REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
 URL = REPOSITORY["url"]

@@ -1,14 +1,9 @@
 """`make execute`: what is exported, what makes a chapter stale, and that it is written whole."""
 
-import sys
-from pathlib import Path
-
 import nbformat
 import pytest
+from chapter_code import execute
 from nbclient.exceptions import CellExecutionError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "book"))
-import execute  # noqa: E402
 
 NAME = "01_chapter"
 FILES = {

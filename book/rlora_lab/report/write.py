@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..drawing.style import use_book_style
+from ..drawing.style import book_style
 from ..errors import LabError
 from ..runs.plan import PLAN, RECORDS, load_plan
 from ..runs.record import write_whole
@@ -147,9 +147,7 @@ def write_report(folder: Path, plan: Path = PLAN, records: Path = RECORDS) -> st
     report = Report(folder)
     asked = load_plan(plan)
     blocks = {}
-    with plt.rc_context():
-        use_book_style()
-        plt.rcParams["svg.hashsalt"] = "rlora"
+    with book_style(), plt.rc_context({"svg.hashsalt": "rlora"}):
         for name in [name for name, block in asked.items() if block.kind == "compare"]:
             try:
                 result = read_block(asked, name, records)
