@@ -156,15 +156,15 @@ def _by_task(record: dict, tasks: Sequence[str]) -> dict:
 
 def provenance(result: dict) -> str:
     """Where the numbers of a block come from: command, seeds, date, machine, versions."""
-    chosen = f"on validation data with seeds {_span(result['sweep_seeds'])}"
-    if not result["sweep_seeds"]:
-        chosen = "in another block"
+    chosen = "as the plan says"
+    if result["sweep_seeds"]:
+        chosen = f"chosen on validation data with seeds {_span(result['sweep_seeds'])}"
     state = "" if result["complete"] else ", not all of the plan yet"
     return (
         f"records/evidence/{result['config']['block']}.jsonl: {result['date']}, "
         f"{result['machine']}, {_versions(result, 'torch', 'transformers', 'peft')}\n"
         f"made by: {result['command']}{state}\n"
-        f"seeds on test data: {_span(result['seeds'])}; learning rates chosen {chosen}"
+        f"seeds on test data: {_span(result['seeds'])}; learning rates {chosen}"
     )
 
 

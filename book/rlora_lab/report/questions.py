@@ -10,9 +10,9 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
+from statsmodels.stats.power import ttest_power
 
 from ..errors import LabError
 from .loading import chosen_records, score_array
@@ -75,9 +75,13 @@ def holm(p: Iterable[float]) -> np.ndarray:
 
 def detectable(spread: float, n: int, power: float = 0.8) -> float:
     """The smallest true mean of `n` differences of standard deviation `spread` that a two-sided t
-    test at 5 % finds with that power."""
-    size = TTestPower().solve_power(nobs=n, alpha=0.05, power=power)
-    return float(size) * float(spread)
+    test at 5 % finds, with its sign, with that power."""
+
+    def lacks(size: float) -> float:  # size: the true mean in standard deviations
+        return ttest_power(size, n, 0.025, alternative="larger") - power
+
+    enough = (2 * stats.t.ppf(0.975, n - 1) + 5) / n**0.5
+    return float(optimize.brentq(lacks, 0, enough)) * float(spread)
 
 
 def family(differences: dict[str, np.ndarray]) -> list[Contrast]:
