@@ -26,6 +26,7 @@ import re
 import tempfile
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -56,7 +57,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 def routing_weights(logits: Tensor) -> Tensor:
-    """g = softmax(W_r x), a weighting a token, in fp32 or more: (..., N) -> (..., N)"""
+    """g = softmax(W_r x), one weighting a token, in fp32 or more: (..., N) both."""
     precise = torch.promote_types(logits.dtype, torch.float32)
     return logits.softmax(-1, dtype=precise)
 
@@ -129,7 +130,8 @@ def draw_table_1(
     N(0, 1/d_out); the second argument is a variance. For x of unit RMS,
     RMS(s B_i A x) is then alpha / gamma.
     """
-    d_out, d_in = B.shape[0], A.shape[1]
+    d_in = A.shape[1]
+    d_out = B.shape[0]
     factor = d_out**0.25 / math.sqrt(gamma)
     with torch.no_grad():
         A.normal_(0, factor / math.sqrt(d_in), generator=generator)
@@ -525,10 +527,10 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
             rounded and base_dtype in (torch.float16, torch.bfloat16)
         ):
             dtype = base_dtype
-        for name in (*self.adapter_layer_names, "rlora_A0", "rlora_B0"):
-            parts = getattr(self, name)
-            if adapter_name in parts and not parts[adapter_name].weight.is_meta:
-                parts[adapter_name].to(device=device or base_device, dtype=dtype)
+        if adapter_name in self.configs:
+            for part in self._parts(adapter_name).values():
+                if not part.weight.is_meta:
+                    part.to(device=device or base_device, dtype=dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         for part in (
@@ -582,43 +584,48 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
 
     def _update(self, x: Tensor, adapter_name: str) -> Tensor:
         """s sum_i g_i B_i D_i(A x) - s Bbar0 A0 x, a new tensor: (..., d_in) -> (..., d_out)"""
-        parts = [self.rlora_A[adapter_name], self.rlora_B[adapter_name]]
-        for others in (self.rlora_router, self.rlora_A0, self.rlora_B0):
-            parts.append(others[adapter_name] if adapter_name in others else None)
-        x = self._cast_input_dtype(x, _dtype_of(parts[0], x))
+        config = self.configs[adapter_name]
+        parts = self._parts(adapter_name)
+        x = self._cast_input_dtype(x, _dtype_of(parts["A"], x))
         mask = self.rlora_dropout[adapter_name]
         if type(mask) is nn.Dropout and (mask.p == 0 or not mask.training):
             mask = None
-        packed = all(part is None or _is_plain(part) for part in parts)
-        if packed and not _has_any_global_hook():
-            return self._packed_update(x, parts, mask, self.configs[adapter_name])
-        return self._called_update(x, parts, mask, self.configs[adapter_name])
+        if _has_any_global_hook() or not all(map(_is_plain, parts.values())):
+            return self._called_update(x, parts, mask, config)
+        weights = {name: part.weight for name, part in parts.items()}
+        for name in ("A0", "B0"):  # some tools cast the trained parameters alone
+            if name in weights:
+                weights[name] = weights[name].to(weights["A"].dtype)
+        return rlora_update(x, **weights, s=config.scaling, mask=mask, mask_on=config.dropout_on)
 
-    def _packed_update(self, x: Tensor, parts: list, mask, config: RLoraConfig) -> Tensor:
-        A, B, W_r, A0, B0 = (None if part is None else part.weight for part in parts)
-        if A0 is not None and A0.dtype != A.dtype:  # some tools cast trained parameters alone
-            A0 = A0.to(A.dtype)
-            B0 = B0.to(A.dtype)
-        return rlora_update(x, A, B, config.scaling, W_r, A0, B0, mask, config.dropout_on)
+    def _parts(self, adapter_name: str) -> dict[str, nn.Module]:
+        """The adapter's linear maps, by their names in `rlora_update`."""
+        parts = {"A": self.rlora_A[adapter_name], "B": self.rlora_B[adapter_name]}
+        if adapter_name in self.rlora_router:
+            parts["W_r"] = self.rlora_router[adapter_name]
+        if adapter_name in self.rlora_A0:
+            parts["A0"] = self.rlora_A0[adapter_name]
+            parts["B0"] = self.rlora_B0[adapter_name]
+        return parts
 
-    def _called_update(self, x: Tensor, parts: list, mask, config: RLoraConfig) -> Tensor:
+    def _called_update(self, x: Tensor, parts: dict, mask, config: RLoraConfig) -> Tensor:
         """The same, from calls of the modules: so that hooks and wrappers see them."""
-        A, B, router, A0, B0 = parts
+        A, B = parts["A"], parts["B"]
         s, N = config.scaling, config.num_heads
         if mask is not None and config.dropout_on == "input":
             Ax = A(mask(x))
             mask = None
         else:
             Ax = A(x)
-        if router is not None:
-            g = routing_weights(router(x)).to(Ax)
+        if "W_r" in parts:
+            g = routing_weights(parts["W_r"](x)).to(Ax)
         else:
             g = Ax.new_full((N,), 1 / N)
         update = B(weighted_heads(Ax, g, s, mask))
-        if A0 is None:
+        if "A0" not in parts:
             return update.clone()  # _add writes into it, and torch forbids that after some hooks
-        A0x = A0(x.to(_dtype_of(A0, x)))
-        return update + B0(-s * A0x).to(update.dtype)
+        A0x = parts["A0"](x.to(_dtype_of(parts["A0"], x)))
+        return update + parts["B0"](-s * A0x).to(update.dtype)
 
     def routing(self, x: Tensor, adapter_name: str = "default") -> Tensor:
         """g(x), which dropout never touches: (..., d_in) -> (..., N), each row summing to 1."""
@@ -633,15 +640,13 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
 
         ValueError: the adapter is sharded, quantized or offloaded.
         """
-        tensors = []
-        for name in ("rlora_A", "rlora_B", "rlora_A0", "rlora_B0"):
-            parts = getattr(self, name)
-            tensor = parts[adapter_name].weight if adapter_name in parts else None
-            if tensor is not None and not _is_dense(tensor):
+        tensors = {}
+        for name, part in self._parts(adapter_name).items():
+            tensors[name] = part.weight
+            if not _is_dense(part.weight):
                 raise ValueError(f"{name} of '{adapter_name}' must be a whole, dense tensor here.")
-            tensors.append(tensor)
-        A, B, A0, B0 = tensors
-        return lora_of_fixed_weights(A, B, weights, self.configs[adapter_name].scaling, A0, B0)
+        tensors.pop("W_r", None)
+        return lora_of_fixed_weights(**tensors, g=weights, s=self.configs[adapter_name].scaling)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What `merge` adds to the base weight, in its shape. ValueError: a softmax router."""
@@ -749,8 +754,8 @@ class RLoraModel(BaseTuner):
 
     def _prepare_model(self, config: RLoraConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, so a refusal here leaves the model whole.
-        left_out = _fused_experts(config, model)
         modules = dict(_outside_adapters(model))
+        left_out = _fused_experts(config, model, modules)
         config = _maybe_include_all_linear_layers(copy.copy(config), model)
         targets = [path for path in modules if self._check_target_module_exists(config, path)]
         for path in targets:
@@ -916,22 +921,27 @@ def _not_found(config: RLoraConfig, modules: Mapping[str, nn.Module]) -> str:
     )
 
 
-def _fused_experts(config: RLoraConfig, model: nn.Module) -> list[str]:
+def _fused_experts(config: RLoraConfig, model: nn.Module, modules: Mapping) -> list[str]:
     """Tensors (experts, d, d') that the targets name, alone or fused as in `gate_up_proj`."""
-    targets = config.target_modules
-    found = []
+    experts = []
     for path, parameter in model.named_parameters():
         leaf = path.rpartition(".")[2]
-        if parameter.ndim != 3 or "expert" not in path or leaf in ("weight", "bias"):
-            continue
-        if isinstance(targets, str):
-            named = targets.lower() == "all-linear" or re.fullmatch(targets, path)
-        else:
-            pieces = [set(target.rpartition(".")[2].split("_")) for target in targets]
-            named = any(piece <= set(leaf.split("_")) for piece in pieces)
-        if named:
-            found.append(path)
-    return found
+        if parameter.ndim == 3 and "expert" in path and leaf not in ("weight", "bias"):
+            experts.append(path)
+    targets = config.target_modules
+    if isinstance(targets, str):
+        everything = targets.lower() == "all-linear"
+        return [path for path in experts if everything or re.fullmatch(targets, path)]
+    leaves = {path.rpartition(".")[2] for path in modules}
+    found = set()
+    for target in targets:
+        name = target.rpartition(".")[2]
+        pieces = set(name.split("_"))
+        named = [p for p in experts if pieces <= set(p.rpartition(".")[2].split("_"))]
+        if not named and name not in leaves:  # a name of before the experts became one tensor
+            named = experts
+        found.update(named)
+    return sorted(found)
 
 
 def _hash(model: nn.Module, adapter_name: str) -> bytes:
@@ -939,11 +949,10 @@ def _hash(model: nn.Module, adapter_name: str) -> bytes:
     digest = hashlib.sha256()
     for layer in model.modules():
         if isinstance(layer, RLoraLayer) and adapter_name in layer.configs:
-            for name in (*layer.adapter_layer_names, "rlora_A0", "rlora_B0"):
-                parts = getattr(layer, name)
-                if adapter_name in parts and not parts[adapter_name].weight.is_meta:
-                    values = parts[adapter_name].weight.detach().double().cpu()
-                    digest.update(values.numpy().tobytes())
+            for part in layer._parts(adapter_name).values():
+                if not part.weight.is_meta:
+                    values = part.weight.detach().double().cpu().numpy()
+                    digest.update(values.tobytes())
     return digest.digest()
 
 
@@ -980,11 +989,17 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, RLoraLayer]:
     """The layers that have this adapter, by their path in the base model."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    layers = {path: m for path, m in base.named_modules() if isinstance(m, RLoraLayer)}
-    names = sorted({name for layer in layers.values() for name in layer.configs})
-    if adapter_name not in names:
-        raise ValueError(f"No R-LoRA adapter '{adapter_name}' in this model; it has {names}.")
-    return {path: layer for path, layer in layers.items() if adapter_name in layer.configs}
+    layers = {}
+    names = set()
+    for path, module in base.named_modules():
+        if isinstance(module, RLoraLayer):
+            names.update(module.configs)
+            if adapter_name in module.configs:
+                layers[path] = module
+    if not layers:
+        have = sorted(names)
+        raise ValueError(f"No R-LoRA adapter '{adapter_name}' in this model; it has {have}.")
+    return layers
 
 
 def head_similarity(
@@ -1024,7 +1039,7 @@ class RoutingLog:
     mask: Tensor | None = None  # (batch, tokens), nonzero where one counts; None: all do
     mean: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # task, path: (N,)
     entropy: dict[str, dict[str, float]] = field(default_factory=dict)  # in nats
-    _sums: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
+    _sums: dict = field(default_factory=dict, repr=False)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -1039,18 +1054,18 @@ class RoutingLog:
         if self.mask is not None:
             counts = torch.as_tensor(self.mask).cpu()
         if counts.shape != x.shape[:-1]:
-            tokens = f"{[*x.shape[:-1]]} tokens, log.mask {[*counts.shape]}"
-            raise ValueError(f"'{path}' has {tokens}.")
+            here, given = list(x.shape[:-1]), list(counts.shape)
+            raise ValueError(f"'{path}' has {here} tokens, log.mask {given}.")
         g = layer.routing(x[rows], adapter_name).double().cpu()
         g = g[counts[rows] != 0]  # (tokens, N)
-        nats = torch.special.entr(g).sum(1, keepdim=True)
-        new = torch.cat([g, nats, torch.ones(len(g), 1)], 1).sum(0)
-        total = new + self._sums.get((self.task, path), 0)
-        self._sums[self.task, path] = total
-        tokens = total[-1]
+        weights, nats, tokens = self._sums.get((self.task, path), (0, 0, 0))
+        weights = weights + g.sum(0)
+        nats = nats + torch.special.entr(g).sum()
+        tokens = tokens + len(g)
+        self._sums[self.task, path] = weights, nats, tokens
         if tokens > 0:
-            self.mean.setdefault(self.task, {})[path] = (total[:-2] / tokens).float()
-            self.entropy.setdefault(self.task, {})[path] = (total[-2] / tokens).item()
+            self.mean.setdefault(self.task, {})[path] = (weights / tokens).float()
+            self.entropy.setdefault(self.task, {})[path] = (nats / tokens).item()
 
 
 def record_routing(
@@ -1149,22 +1164,30 @@ def _fixed_weights(layers: Mapping[str, RLoraLayer], weights, adapter_name: str)
 
 
 def _lora_config(config: RLoraConfig, layers: Mapping, pairs: Mapping) -> peft.LoraConfig:
-    """Of scale 1: s stands in B. Ranks that differ are told by pattern."""
+    """Of scale 1, as s stands in B; ranks other than the commonest are named by pattern."""
     ranks = {path: len(A) for path, (A, _) in pairs.items()}
-    usual = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {re.escape(path): rank for path, rank in ranks.items() if rank != usual}
-    shared = vars(peft.LoraConfig()).keys() & vars(config).keys()
-    settings = {name: getattr(config, name) for name in shared - {"peft_type"}}
-    settings |= {
-        "r": usual,
-        "lora_alpha": usual,
-        "use_rslora": False,
-        "inference_mode": True,
-    }
-    settings |= {"rank_pattern": others, "alpha_pattern": dict(others)}
-    settings["bias"] = config.bias.replace("rlora", "lora")
-    conv = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
-    return peft.LoraConfig(**settings, fan_in_fan_out=conv)
+    commonest, _ = Counter(ranks.values()).most_common(1)[0]
+    others = {re.escape(path): rank for path, rank in ranks.items() if rank != commonest}
+    bases = [layer.get_base_layer() for layer in layers.values()]
+    return peft.LoraConfig(
+        r=commonest,
+        lora_alpha=commonest,
+        use_rslora=False,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        fan_in_fan_out=any(isinstance(base, Conv1D) for base in bases),
+        bias=config.bias.replace("rlora", "lora"),
+        inference_mode=True,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        modules_to_save=config.modules_to_save,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        task_type=config.task_type,
+        auto_mapping=config.auto_mapping,
+    )
 
 
 def _export_error(model, layers, adapter_name, pairs, batch) -> tuple[float, float]:
