@@ -305,7 +305,7 @@ class RLoraConfig(peft.PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        if LOADING not in text:
+        if "import rlora_min" not in text:
             new = Path(save_directory, "README.md.new")
             new.write_text(f"{text}\n{LOADING}", encoding="utf-8")
             new.replace(card)
