@@ -335,6 +335,46 @@ def train_base_command(
     print(f"{record['parameters']:,} parameters, {record['seconds']} s; kept in {out or TINY}")
 
 
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="a folder for each release, and current.json")],
+    base: Annotated[str, typer.Option(help="tiny, a folder, or a hub id")] = "tiny",
+    host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port; 0 takes a free one", min=0)] = 8000,
+    window_ms: Annotated[float, typer.Option(help="wait for more requests", min=0)] = 5,
+    max_batch: Annotated[int, typer.Option(help="requests in one batch", min=1)] = 32,
+    max_queue: Annotated[int, typer.Option(help="requests that may wait", min=1)] = 64,
+    max_prompt: Annotated[
+        int | None,
+        typer.Option(help="tokens of a prompt", min=1, show_default="half of the model's longest"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="tokens of an answer", min=1, show_default="the same")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="seconds until a request is given up")] = 30,
+    threads: Threads = None,
+) -> None:
+    """Check and load every release of a folder, and serve them until SIGTERM or Ctrl-C.
+
+    Requests that were accepted are answered before it ends. Chapter 16 says what a release is.
+    """
+    from .serving.serve import serve as serve_releases
+
+    _set_threads(threads)
+    serve_releases(
+        folder,
+        base,
+        host,
+        port,
+        window_ms,
+        max_batch,
+        max_queue,
+        max_prompt,
+        max_tokens,
+        timeout,
+    )
+
+
 def main() -> int:
     """The commands; what can't be done is said in a line, with exit code 2."""
     try:
