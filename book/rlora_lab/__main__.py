@@ -116,7 +116,9 @@ def evidence(
 
 @run_app.command()
 def quality(
-    base: Annotated[str, typer.Option(help="tiny, minilm, smollm2, a folder, or a hub id")] = "tiny",
+    base: Annotated[
+        str, typer.Option(help="tiny, minilm, smollm2, a folder, or a hub id")
+    ] = "tiny",
     suite: Annotated[str, typer.Option(help=f"{' or '.join(SUITES)}")] = "synthetic",
     methods: Annotated[
         str, typer.Option(help=f"names out of {', '.join(METHODS)}, with commas")

@@ -16,7 +16,7 @@ METHODS = (
 )
 """What each is: `rlora_lab.models.methods`."""
 
-SUITES = {"synthetic": (4e-3, 64), "sentences": (1e-3, 36)}
+SUITES = {"synthetic": (4e-3, 64), "sentences": (1e-3, 36), "language": (1e-3, 32)}
 """Their usual learning rate and batch. What each asks: `rlora_lab.tasks`."""
 
 AUGMENTATIONS = ("as they are", "rename", "shuffle")

@@ -69,7 +69,9 @@ def test_base_from_a_folder(folder: str, per_layer: int, request: pytest.Fixture
 
 
 def test_base_that_is_nowhere():
-    with pytest.raises(LabError, match="'nobody/nothing'.*tiny, minilm, smollm2, a folder.*HF_HOME"):
+    with pytest.raises(
+        LabError, match="'nobody/nothing'.*tiny, minilm, smollm2, a folder.*HF_HOME"
+    ):
         load_base("nobody/nothing")
 
 

@@ -20,8 +20,12 @@ def rounded(value: float, digits: int = 4) -> float | None:
 
 
 def by_metric(scores: dict[str, dict[str, float]], suite: Suite) -> dict[str, list[float]]:
-    """Scores of a suite as records hold them: a list over tasks for each metric."""
-    return {m: [round(scores[t][m], 5) for t in suite.tasks] for m in suite.metrics}
+    """Scores of a suite as records hold them: a list over tasks for each metric, None where a task
+    does not have it."""
+    return {
+        metric: [rounded(scores[task].get(metric, math.nan), 5) for task in suite.tasks]
+        for metric in suite.metrics
+    }
 
 
 def mean_similarity(model: PeftModel, initial: dict | None = None) -> float:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..errors import LabError
 from ..models.bases import Base
 from ..names import SUITES
+from .suite import mixed
 
 datasets.disable_progress_bars()
 
@@ -239,16 +240,7 @@ class Sentences:
     def training_set(self, size: int, seed: int) -> list[dict]:
         """`size` examples, each of a task drawn at random; a task's sentences in shuffled order,
         again from the start once they are used up."""
-        generator = torch.Generator().manual_seed(seed)
-        which = torch.randint(len(self.tasks), (size,), generator=generator).tolist()
-        orders = [self._orders(task, generator) for task in self.tasks]
-        return [next(orders[number]) for number in which]
-
-    def _orders(self, task: str, generator: torch.Generator):
-        rows = self._tokens[task, "train"]
-        while True:
-            for i in torch.randperm(len(rows), generator=generator).tolist():
-                yield rows[i]
+        return mixed([self._tokens[task, "train"] for task in self.tasks], size, seed)
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
         """A padded batch."""

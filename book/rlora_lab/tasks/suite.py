@@ -1,8 +1,9 @@
 """What a suite of tasks is, and `load_suite(name, base)`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import LabError
@@ -11,7 +12,8 @@ from ..names import SUITES
 
 
 class Suite(Protocol):
-    """Tasks to train on and to measure: `strings.Synthetic`, `sentences.Sentences`."""
+    """Tasks to train on and to measure: `strings.Synthetic`, `sentences.Sentences` and
+    `language.Language`."""
 
     name: str
     tasks: tuple[str, ...]
@@ -35,11 +37,32 @@ class Suite(Protocol):
         """A batch of validation examples of a task, the same each time."""
 
     def score(self, model: nn.Module, split: str) -> dict[str, dict[str, float]]:
-        """`{task: {metric: value}}` in evaluation mode."""
+        """`{task: {metric: value}}` in evaluation mode; the first metric for each task."""
 
 
-def load_suite(name: str, base: Base, tasks: Sequence[str] | None = None) -> Suite:
-    """The suite by name, for a base that fits it; of all its tasks, or of those named."""
+def mixed(rows: Sequence[Sequence[dict]], size: int, seed: int) -> list[dict]:
+    """`size` examples, each of a task drawn at random; a task's rows in shuffled order, again from
+    the start once they are used up. `rows` holds those of each task."""
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.randint(len(rows), (size,), generator=generator).tolist()
+    orders = [_shuffled(own, generator) for own in rows]
+    return [next(orders[number]) for number in which]
+
+
+def _shuffled(rows: Sequence[dict], generator: torch.Generator) -> Iterator[dict]:
+    while True:
+        for i in torch.randperm(len(rows), generator=generator).tolist():
+            yield rows[i]
+
+
+def load_suite(
+    name: str, base: Base, tasks: Sequence[str] | None = None, blocks: int | None = None
+) -> Suite:
+    """The suite by name, for a base that fits it; of all its tasks, or of those named.
+
+    `blocks` trains the upper so many blocks alone, in the suite language.
+    """
+    from .language import Language
     from .sentences import Sentences  # needs datasets, which takes seconds to import
     from .strings import Synthetic
 
@@ -48,8 +71,13 @@ def load_suite(name: str, base: Base, tasks: Sequence[str] | None = None) -> Sui
     if (name == "synthetic") != (base.name == "tiny"):
         raise LabError(
             f"suite {name!r} does not fit base {base.name!r}: synthetic needs the base tiny, which "
-            "knows its characters; sentences needs a base with a tokenizer, such as minilm"
+            "knows its characters; sentences needs a base with a tokenizer, such as minilm, and "
+            "language a causal one, such as smollm2"
         )
+    if blocks is not None and name != "language":
+        raise LabError(f"blocks is for the suite language, not for {name}")
+    if name == "language":
+        return Language(base, tasks, blocks)
     if name == "sentences":
         return Sentences(base, tasks)
     return Synthetic() if tasks is None else Synthetic(tasks)
