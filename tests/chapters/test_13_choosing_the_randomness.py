@@ -1,4 +1,4 @@
-"""Chapter 13: a search that loses nothing, its record, and that the chapter shows what was run."""
+"""Chapter 13: a search that loses nothing, and its record."""
 
 import json
 import os
@@ -6,44 +6,28 @@ import signal
 import subprocess
 import sys
 import threading
-from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
-from chapter_code import chapter_functions, chapter_source, definitions
+import search_worker
+from chapter_code import chapter_code
 from optuna.trial import TrialState
 from peft import get_peft_model
+from search_worker import fake
 
-from rlora_lab.errors import LabError
+from rlora_lab.chapters import ch13_choosing_the_randomness as chapter
 from rlora_lab.models.bases import load_base
 from rlora_lab.models.methods import count_trainable
-from rlora_lab.report.results import load_result, paired_difference, score_array
-from rlora_lab.runs import study
+from rlora_lab.report.loading import chosen_records, load_evidence, read_block, score_array
+from rlora_lab.runs.plan import Run, best_trials, load_plan, make_block, missing
+from rlora_lab.runs.record import add_record
+from rlora_lab.runs.worker import do_run, setting_of
+from rlora_lab.tasks.strings import Synthetic
 from rlora_min import RLoraConfig
 
 CHAPTER = "13_choosing_the_randomness"
-NAME = "practice/study-tiny"
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def differences(chapter: str, module: str) -> set[str]:
-    """What both define, but not alike."""
-    ours, theirs = definitions(chapter), definitions(module)
-    shared = ours.keys() & theirs.keys()
-    return {name for name in shared if ours[name] != theirs[name]}
-
-
-SHOWN = {"PLACEMENTS", "DEFAULTS", "WIDTHS", "LARGEST", "size", "suggest", "train_with"}
-SHOWN |= {"letters", "objective", "finished", "search"}
-
-
-def test_the_chapter_shows_the_functions_that_made_the_record():
-    shown, run = chapter_source(CHAPTER), Path(study.__file__).read_text()
-    assert definitions(shown).keys() & definitions(run).keys() >= SHOWN
-    assert differences(shown, run) == set()
-    assert differences(shown.replace("0.0, 0.5", "0.0, 0.4"), run) == {"suggest"}
 
 
 # The space
@@ -54,84 +38,42 @@ def test_no_trial_is_larger_than_the_defaults():
     for seed in range(300):
         sampler = optuna.samplers.RandomSampler(seed=seed)
         trial = optuna.create_study(sampler=sampler).ask()
-        settings = study.suggest(trial)
+        settings = chapter.suggest(trial)
         seen.setdefault((settings["placement"], settings["num_heads"]), set()).add(settings["r"])
     assert len(seen) == 3 * 4
     for (placement, N), ranks in seen.items():
-        assert study.size(placement, N, max(ranks)) <= study.LARGEST
-        assert study.size(placement, N, max(ranks) + 1) > study.LARGEST or max(ranks) == 10
+        assert chapter.size(placement, N, max(ranks)) <= chapter.LARGEST
+        assert chapter.size(placement, N, max(ranks) + 1) > chapter.LARGEST or max(ranks) == 10
         assert min(ranks) == 1
 
 
-@pytest.mark.parametrize("placement", study.PLACEMENTS)
+@pytest.mark.parametrize("placement", chapter.PLACEMENTS)
 def test_the_formula_counts_what_is_trained(placement: str):
-    config = RLoraConfig(r=3, num_heads=2, target_modules=study.PLACEMENTS[placement])
+    config = RLoraConfig(r=3, num_heads=2, target_modules=chapter.PLACEMENTS[placement])
     model = get_peft_model(load_base("tiny").model, config)
-    assert count_trainable(model) == (study.size(placement, 2, 3), 0)
+    assert count_trainable(model) == (chapter.size(placement, 2, 3), 0)
 
 
 def test_the_defaults_are_those_of_the_module_and_the_suite():
-    config, defaults = RLoraConfig(), study.DEFAULTS
+    config, defaults = RLoraConfig(), chapter.DEFAULTS
     assert (config.r, config.num_heads, config.gamma) == tuple(
         defaults[name] for name in ("r", "num_heads", "gamma")
     )
     assert config.lora_dropout == defaults["dropout"]
-    assert defaults["learning_rate"] == study.Synthetic.default_lr
-
-
-def test_each_rung_changes_its_own_settings_alone():
-    best = {"placement": "both", "num_heads": 2, "r": 3, "learning_rate": 0.01}
-    best |= {"gamma": 16.0, "dropout": 0.3, "placebo": 0.5}
-    ladder = list(study.rungs(best).values())
-    changed = [
-        {name for name in low if low[name] != high[name]}
-        for low, high in zip(ladder, ladder[1:], strict=False)
-    ]
-    assert changed == [{"learning_rate"}, {"placement", "num_heads", "r"}, {"gamma", "dropout"}]
-    assert ladder[0] == study.DEFAULTS
-    assert ladder[-1] == {name: best[name] for name in study.DEFAULTS}
+    assert defaults["learning_rate"] == Synthetic.default_lr
 
 
 # The search
 
 
-def fake(trial, seed: int) -> float:
-    """As good as its rate is close to 0.005, and a little luck."""
-    settings = study.suggest(trial)
-    value = -abs(np.log(settings["learning_rate"] / 0.005))
-    for step in (1, 2):
-        trial.report(value, step)
-        if trial.should_prune():
-            raise optuna.TrialPruned
-    return value + 0.01 * np.random.default_rng(seed).standard_normal()
-
-
 def outcome(found: optuna.Study) -> list:
-    return [(t.state.name, t.params, t.value) for t in study.finished(found)]
-
-
-WORKER = """
-import sys, time
-import optuna
-from rlora_lab.runs import study
-sys.path.insert(0, {tests!r})
-from test_13_choosing_the_randomness import fake
-
-def slow(trial, seed):
-    if seed == 9:
-        study.suggest(trial)
-        print("in the middle", flush=True)
-        time.sleep(60)
-    return fake(trial, seed)
-
-study.search({storage!r}, 14, slow, startup=6)
-"""
+    return [(t.state.name, t.params, t.value) for t in chapter.finished(found)]
 
 
 def test_a_killed_worker_loses_no_finished_trial(tmp_path):
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    code = WORKER.format(tests=str(Path(__file__).parent), storage=storage)
-    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, search_worker.__file__, storage]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     limit = threading.Timer(60, worker.kill)
     limit.start()
     try:
@@ -144,12 +86,12 @@ def test_a_killed_worker_loses_no_finished_trial(tmp_path):
     assert [t.state for t in before.trials][-1] == TrialState.RUNNING
     kept = outcome(before)
     assert len(kept) == 9
-    after = study.search(storage, 14, fake, startup=6)
+    after = chapter.search(storage, 14, fake, startup=6)
     assert outcome(after)[:9] == kept
     assert [t.number for t in after.trials if t.state == TrialState.FAIL] == [9]
-    whole = study.search(f"sqlite:///{tmp_path / 'whole.db'}", 14, fake, startup=6)
+    whole = chapter.search(f"sqlite:///{tmp_path / 'whole.db'}", 14, fake, startup=6)
     assert outcome(after) == outcome(whole)  # as if nothing had happened
-    assert {t.state for t in study.finished(whole)} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert {t.state for t in chapter.finished(whole)} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
 def stopped(storage, after: int):
@@ -159,8 +101,8 @@ def stopped(storage, after: int):
         return fake(trial, seed)
 
     with pytest.raises(KeyboardInterrupt):
-        study.search(storage, 9, stop, startup=9)
-    return study.search(storage, 9, fake, startup=9)
+        chapter.search(storage, 9, stop, startup=9)
+    return chapter.search(storage, 9, fake, startup=9)
 
 
 def test_stopped_by_hand_it_draws_nothing_twice(monkeypatch: pytest.MonkeyPatch):
@@ -178,11 +120,11 @@ def test_stopped_by_hand_it_draws_nothing_twice(monkeypatch: pytest.MonkeyPatch)
 
 def test_asked_for_what_is_done_it_runs_nothing():
     storage = optuna.storages.InMemoryStorage()
-    first = outcome(study.search(storage, 5, fake))
-    assert outcome(study.search(storage, 5, lambda *a: 1 / 0)) == first
+    first = outcome(chapter.search(storage, 5, fake))
+    assert outcome(chapter.search(storage, 5, lambda *a: 1 / 0)) == first
     with pytest.raises(ZeroDivisionError):
-        study.search(storage, 6, lambda *a: 1 / 0)
-    assert outcome(study.search(storage, 5, fake)) == first
+        chapter.search(storage, 6, lambda *a: 1 / 0)
+    assert outcome(chapter.search(storage, 5, fake)) == first
 
 
 def test_a_trial_that_lies_behind_is_stopped_at_a_look(monkeypatch: pytest.MonkeyPatch):
@@ -194,10 +136,10 @@ def test_a_trial_that_lies_behind_is_stopped_at_a_look(monkeypatch: pytest.Monke
             look(seed, step)
         return seed
 
-    monkeypatch.setattr(study, "train_with", train_with)
-    monkeypatch.setattr(study, "letters", lambda seed: 0.1 if seed == 5 else 0.5 + seed / 100)
-    found = study.search(
-        optuna.storages.InMemoryStorage(), 6, lambda t, s: study.objective(t, s, 9, 3), startup=10
+    monkeypatch.setattr(chapter, "train_with", train_with)
+    monkeypatch.setattr(chapter, "letters", lambda seed: 0.1 if seed == 5 else 0.5 + seed / 100)
+    found = chapter.search(
+        optuna.storages.InMemoryStorage(), 6, lambda t, s: chapter.objective(t, s, 9, 3), startup=10
     )
     *ran, behind = found.trials
     assert [t.state for t in ran] == [TrialState.COMPLETE] * 5
@@ -212,88 +154,65 @@ def test_a_trial_that_lies_behind_is_stopped_at_a_look(monkeypatch: pytest.Monke
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Runs without training; the list of those that were made."""
+    """Trials and runs without training; the seeds of the runs that were made."""
     made = []
 
-    def run_record(stage, name, settings, seed, steps):
-        made.append((name, seed))
-        if len(made) == 6:
-            raise KeyboardInterrupt
-        scores = {task: {"letters": 0.5, "exact": 0.1} for task in study.Synthetic().tasks}
-        return {
-            "stage": stage,
-            "method": name,
-            "seed": seed,
-            "learning_rate": settings["learning_rate"],
-            "value": 0.5,
-            "test": scores,
-        }
+    def train_with(settings, seed, steps):
+        made.append((settings["learning_rate"], seed))
+        return load_base("tiny").model
 
-    monkeypatch.setattr(study, "run_record", run_record)
-    monkeypatch.setattr(study, "objective", lambda trial, seed, *steps: fake(trial, seed))
+    monkeypatch.setattr(chapter, "objective", lambda trial, seed, *steps: fake(trial, seed))
+    monkeypatch.setattr(chapter, "train_with", train_with)
     return made
 
 
-def test_the_record_goes_on_where_it_was_stopped(quick, tmp_path):
-    out = tmp_path / "runs" / "study.json"
-    said = []
-    with pytest.raises(KeyboardInterrupt):
-        study.record_study(out, 20, 12, 3, said.append)
-    half = json.loads(out.read_text())
-    assert not half["complete"] and len(said) == 5
-    result = study.record_study(out, 20, 12, 3, said.append)
-    assert result["complete"] and json.loads(out.read_text()) == result
-    assert len(quick) == len(set(quick)) + 1  # only the one in the middle ran again
-    stages = [record["stage"] for record in result["records"]]
-    counted = [stages.count(s) for s in ("search", "retest", "again", "runner-up")]
-    assert counted == [20, 12, 1, 4]
-    assert result["command"] == "python -m rlora_lab.runs.study --trials 20 --steps 12 --seeds 3"
-    assert score_array(result, "best").shape == (3, 10)
-    with pytest.raises(LabError, match="another config"):
-        study.record_study(out, 21, 12, 3, said.append)
-    assert json.loads(out.read_text()) == result
+def test_a_search_goes_on_from_its_records(quick):
+    """As if it had been one: same draws, same values, same trials given up."""
+    block = load_plan()["study"]
+    whole = outcome(chapter.search(optuna.storages.InMemoryStorage(), 20, fake))
+    assert {state for state, _, _ in whole} == {"COMPLETE", "PRUNED"}
+    records = []
+    for seed, (state, params, value) in enumerate(whole):
+        run = Run(
+            block, "search", "search", None, seed, {"trials": json.loads(json.dumps(records))}
+        )
+        record = do_run(run)
+        assert record["state"].upper() == state
+        assert record["value"] == (value if state == "COMPLETE" else None)
+        assert params.items() <= record.items() and record["trial"] == record["seed"] == seed
+        records.append(record)
 
 
-def test_a_file_of_something_else_is_refused_and_kept(tmp_path):
-    out = tmp_path / "other.json"
-    for text in ("not JSON", '{"records": []}', "[]"):
-        out.write_text(text)
-        with pytest.raises(LabError, match="no result of this command"):
-            study.record_study(out, 5, 6, 2)
-        assert out.read_text() == text
-    assert [p.name for p in tmp_path.iterdir()] == ["other.json"]
+def test_a_study_from_its_first_trial_to_its_last_run(quick, tmp_path):
+    values = load_plan()["study"].model_dump() | {"trials": 6, "steps": 4, "seeds": [1000, 1001]}
+    plan = {"study": make_block("study", values, "")}
+    done = []
+    while todo := missing(plan, plan["study"], {"study": done})[0]:
+        done.append(do_run(todo[0]))
+        add_record(tmp_path / "study.jsonl", setting_of(plan["study"], 1), done[-1])
+        assert len(done) < 40
+    stages = [record["stage"] for record in done]
+    counted = [stages.count(stage) for stage in ("search", "test", "again")]
+    assert counted == [6, 8, 1] and len(quick) == len(done) - 6
+    result = read_block(plan, "study", tmp_path)
+    assert result["complete"] and score_array(result, "best").shape == (2, 10)
+    best = best_trials(done)[0]
+    assert result["chosen"]["best"] == best["learning_rate"]
+    assert result["chosen"]["defaults"] == chapter.DEFAULTS["learning_rate"]
 
 
-@pytest.mark.parametrize("wrong", ["--trials=2", "--steps=1", "--seeds=1", "--seeds=many"])
-def test_numbers_that_make_no_study_are_refused(wrong, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["study", wrong])
-    with pytest.raises(SystemExit) as end:
-        study.main()
-    assert end.value.code == 2 and wrong.split("=")[0] in capsys.readouterr().err
-
-
-def test_the_recorded_study_is_whole(capsys):
-    result = load_result(NAME)
-    said = capsys.readouterr().out
-    assert all(result[key] in said for key in ("date", "machine", "command"))
-    text = (files("rlora_lab") / "records" / f"{NAME}.json").read_text()
-    assert not any(f'"{root}/' in text or f" {root}/" in text for root in ("", "/home", "/root"))
-    assert result["complete"] and result["command"].startswith("python -m rlora_lab.study")
-    assert result["config"]["defaults"] == study.DEFAULTS
+def test_the_recorded_study_is_whole():
+    result = load_evidence("study")
+    assert result["complete"] and result["config"]["defaults"] == chapter.DEFAULTS
     searched = [r for r in result["records"] if r["stage"] == "search"]
     assert [r["seed"] for r in searched] == list(range(result["config"]["trials"]))
     assert not {r["seed"] for r in searched} & set(result["seeds"])
-    assert all(r["adapter_parameters"] <= study.LARGEST for r in searched)
-    values = {r["trial"]: r["value"] for r in searched if r["state"] == "complete"}
-    assert result["best"] == {"trial": max(values, key=values.get), "value": max(values.values())}
-    best = next(r for r in searched if r["trial"] == result["best"]["trial"])
-    assert result["settings"] == study.rungs(best)
-    assert result["methods"] == list(study.rungs(best))
-    for method in result["methods"]:
-        scores = score_array(result, method)
-        assert scores.shape == (len(result["seeds"]), 10)
-        assert ((0 <= scores) & (scores <= 1)).all()
-    assert len(paired_difference(result, "best", "defaults")) == 3
+    assert all(r["adapter_parameters"] <= chapter.LARGEST for r in searched)
+    best = best_trials(searched)[0]
+    ladder = load_plan()["study"].rungs(best)
+    assert result["methods"] == list(ladder)
+    for method, settings in ladder.items():
+        assert {str(r["settings"]) for r in chosen_records(result, method)} == {str(settings)}
     (again,) = (r for r in result["records"] if r["stage"] == "again")
     assert again["seed"] == best["seed"] and again["value"] == best["value"]  # it repeats
 
@@ -301,29 +220,29 @@ def test_the_recorded_study_is_whole(capsys):
 # What the chapter builds by hand
 
 
-def test_the_bumps_sum_to_a_density():
-    density = chapter_functions(CHAPTER, "bumps", "density")["density"]
+@pytest.fixture(scope="module")
+def by_hand():
+    return chapter_code(CHAPTER)
+
+
+def test_the_bumps_sum_to_a_density(by_hand):
     x = np.linspace(0, 1, 4001)
     for points in (np.array([]), np.array([0.3]), np.array([0.1, 0.11, 0.9])):
-        assert np.trapezoid(density(x, points), x) == pytest.approx(1, abs=1e-3)
+        assert np.trapezoid(by_hand.density(x, points), x) == pytest.approx(1, abs=1e-3)
 
 
-def test_what_is_drawn_has_the_density():
-    found = chapter_functions(CHAPTER, "bumps", "density", "draw")
+def test_what_is_drawn_has_the_density(by_hand):
     points, rng = np.array([0.1, 0.11, 0.9]), np.random.default_rng(0)
-    drawn = found["draw"](points, (20000,), rng)
+    drawn = by_hand.draw(points, (20000,), rng)
     counts, edges = np.histogram(drawn, 10, (0, 1), density=True)
     fine = (edges[:-1, None] + np.linspace(0.005, 0.095, 10)).clip(0, 1)
-    np.testing.assert_allclose(counts, found["density"](fine, points).mean(1), atol=0.12)
+    np.testing.assert_allclose(counts, by_hand.density(fine, points).mean(1), atol=0.12)
     assert 0 <= drawn.min() and drawn.max() <= 1
 
 
-def test_the_next_trial_goes_where_the_good_ones_are():
-    next_trials = chapter_functions(CHAPTER, "bumps", "density", "draw", "next_trials")[
-        "next_trials"
-    ]
+def test_the_next_trial_goes_where_the_good_ones_are(by_hand):
     good, bad = np.array([0.7, 0.75]), np.linspace(0, 0.6, 10)
-    picks = next_trials(good, bad, np.random.default_rng(0), 200)
+    picks = by_hand.next_trials(good, bad, np.random.default_rng(0), 200)
     assert 0.6 < picks.min() and picks.max() <= 1
-    one = next_trials(good, bad, np.random.default_rng(0), 200, candidates=1)
+    one = by_hand.next_trials(good, bad, np.random.default_rng(0), 200, candidates=1)
     assert one.min() < 0.6  # a single candidate is a draw from l, and l is broad

@@ -1,33 +1,24 @@
 """Chapter 15's measures, as a reader sees them, on cases whose answer is known."""
 
-import ast
 import math
 import re
-from pathlib import Path
 
-import nbformat
 import pytest
 import torch
+from chapter_code import chapter_code, chapter_sources
 from peft import get_peft_model
 from torch import nn
 
 from rlora_min import RLoraConfig
 
-BOOK = Path(__file__).parents[2] / "book"
 N, R_, D_IN, D_OUT = 3, 4, 10, 8
 
 
 @pytest.fixture(scope="module")
 def chapter() -> dict:
-    """The set-up's imports and all functions of the chapter."""
-    cells = nbformat.read(BOOK / "15_looking_inside.ipynb", as_version=4).cells
-    sources = [cell.source for cell in cells if cell.cell_type == "code"]
-    set_up = "\n".join(s for s in sources[0].splitlines() if "%pip" not in s and s[:2] != "if")
-    body = [n for n in ast.parse(set_up).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    for source in sources[1:]:
-        body += [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
-    found: dict = {"SHUFFLES": 200}
-    exec(compile(ast.Module(body, []), "chapter 15", "exec"), found)
+    """What the chapter defines, with fewer shuffles."""
+    found = vars(chapter_code("15_looking_inside"))
+    found["SHUFFLES"] = 200
     return found
 
 
@@ -152,7 +143,6 @@ def test_another_basis_changes_cosines_and_not_the_update(chapter, layer):
 
 
 def test_every_function_is_defined_once(chapter):
-    cells = nbformat.read(BOOK / "15_looking_inside.ipynb", as_version=4).cells
-    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    code = "\n".join(chapter_sources("15_looking_inside", solutions=True))
     names = re.findall(r"(?m)^def (\w+)\(", code)
     assert len(names) == len(set(names)), names

@@ -1,14 +1,8 @@
-"""Chapter 16 and `rlora_lab.serving.serve`: releases, the server, roll-out and back, drift,
-the export.
+"""Chapter 16 and `rlora_lab.serving`: releases, the server, roll-out and back, drift, export."""
 
-The functions are taken out of the chapter as a reader sees them.
-"""
-
-import ast
 import asyncio
 import json
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -20,51 +14,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import numpy as np
 import pytest
 import torch
-import typer
+from chapter_code import BOOK, chapter_code
 from peft import PeftModel, get_peft_model
 from rlora_helpers import anatomy, assert_unchanged, perturb
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
+from rlora_lab.__main__ import main
+from rlora_lab.chapters.ch16_shipping import place
 from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
+from rlora_lab.serving import releases as files
 from rlora_lab.serving import serve
 from rlora_lab.tasks.strings import VOCABULARY
 from rlora_min import RLoraConfig, export_lora, record_routing
 
-BOOK = Path(__file__).parents[2] / "book"
-sys.path.insert(0, str(BOOK))
-import execute  # noqa: E402
-
-CONSTANTS = {"TASKS", "TARGETS", "WINDOW", "SPOILS", "STOCK"}
-SHOWN = ["fingerprint", "check_release", "load_release", "generate"]
-SHOWN += ["deliver", "Batcher", "place", "choose"]
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
-
-
-def definitions() -> list[ast.stmt]:
-    """Imports, definitions and constants of the chapter, solutions left out."""
-    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    cells = nbformat.read(BOOK / "16_shipping.ipynb", as_version=4).cells
-    sources = [cell.source for cell in cells if cell.cell_type == "code"]
-    found = []
-    for source in sources:
-        for node in [] if "@title Solution" in source else execute.parse_cell(source).body:
-            named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in CONSTANTS
-            found += [node] if isinstance(node, kinds) or named else []
-    return found
 
 
 @pytest.fixture(scope="module")
 def chapter() -> SimpleNamespace:
     """What a reader of the chapter can call."""
-    scope = {"tokenizer": serve.Characters()}
-    exec(compile(ast.Module(definitions(), []), "chapter 16", "exec"), scope)
-    return SimpleNamespace(**{key: scope[key] for key in scope if key != "__builtins__"})
+    return chapter_code("16_shipping", tokenizer=serve.Characters())
 
 
 def frozen_base():
@@ -86,7 +59,7 @@ def releases(chapter, own, tmp_path_factory) -> Path:
         model.save_pretrained(folder / name)
         prompts = [asked for task in chapter.TASKS for asked, _ in chapter.questions(task, 2)]
         serve.write_release(folder / name, own, model, chapter.tokenizer, prompts, most=6)
-    serve.write_current(folder, "v1")
+    files.write_current(folder, "v1")
     return folder
 
 
@@ -101,7 +74,7 @@ def model(chapter, releases, own) -> PeftModel:
 @pytest.fixture
 def folder(releases, tmp_path) -> Path:
     """A pointer file of one's own."""
-    serve.write_current(tmp_path, "v1")
+    files.write_current(tmp_path, "v1")
     return tmp_path
 
 
@@ -119,30 +92,20 @@ def alone(model, adapter: str, prompt: str, most: int = 6) -> str:
     return tokenizer.decode(serve.generate(model, tokenizer, [(tokenizer.encode(prompt), most)])[0])
 
 
-def test_what_the_chapter_shows_is_what_the_server_runs():
-    shown = {node.name: node for node in definitions() if hasattr(node, "name")}
-    tree = ast.parse((BOOK / "rlora_lab" / "serving" / "serve.py").read_text())
-    run = {node.name: node for node in tree.body if hasattr(node, "name")}
-    for name in SHOWN:
-        assert execute.canonical(shown[name]) == execute.canonical(run[name]), name
-    shown["place"].body[-1] = ast.parse("0").body[0]
-    assert execute.canonical(shown["place"]) != execute.canonical(run["place"])
-
-
 # Releases
 
 
 def sealed_again(folder: Path) -> None:
     """The hashes of what is there now, as somebody would write them who means no harm."""
-    release = json.loads((folder / serve.RELEASE).read_text())
-    release["files"] = {name: serve.sha256(folder / name) for name in serve.FILES}
-    (folder / serve.RELEASE).write_text(json.dumps(release))
+    release = json.loads((folder / files.RELEASE).read_text())
+    release["files"] = {name: files.sha256(folder / name) for name in files.FILES}
+    (folder / files.RELEASE).write_text(json.dumps(release))
 
 
 def edit(folder: Path, change) -> None:
-    release = json.loads((folder / serve.RELEASE).read_text())
+    release = json.loads((folder / files.RELEASE).read_text())
     change(release)
-    (folder / serve.RELEASE).write_text(json.dumps(release))
+    (folder / files.RELEASE).write_text(json.dumps(release))
 
 
 def and_sealed(name: str):
@@ -155,11 +118,11 @@ def and_sealed(name: str):
 
 # What is done to a folder beside the chapter's own spoils, and what the error says.
 MORE = {
-    "no seal": (lambda f, c: (f / serve.RELEASE).unlink(), "can't be read"),
-    "a seal cut": (lambda f, c: (f / serve.RELEASE).write_text('{"base": "'), "can't be read"),
-    "a seal of another form": (lambda f, c: (f / serve.RELEASE).write_text("[]"), "can't be read"),
-    "no tensors": (lambda f, c: (f / serve.FILES[1]).unlink(), "safetensors.*changed"),
-    "no config": (lambda f, c: (f / serve.FILES[0]).unlink(), "can't be read"),
+    "no seal": (lambda f, c: (f / files.RELEASE).unlink(), "can't be read"),
+    "a seal cut": (lambda f, c: (f / files.RELEASE).write_text('{"base": "'), "can't be read"),
+    "a seal of another form": (lambda f, c: (f / files.RELEASE).write_text("[]"), "can't be read"),
+    "no tensors": (lambda f, c: (f / files.FILES[1]).unlink(), "safetensors.*changed"),
+    "no config": (lambda f, c: (f / files.FILES[0]).unlink(), "can't be read"),
     "a pickle": (lambda f, c: (f / "adapter_model.bin").write_bytes(b"."), r"adapter_model\.bin"),
     "NaN, sealed": (and_sealed("a NaN in a head"), "rlora_B.*finite"),
     "missing, sealed": (and_sealed("a tensor missing"), "rlora_B"),
@@ -236,7 +199,7 @@ def test_a_whole_release_loads_after_a_refused_one_and_answers_as_where_it_was_s
     with pytest.raises(LabError):
         serve.load_release(base, bad, own, chapter.tokenizer)
     loaded = serve.load_release(base, releases / "v1", own, chapter.tokenizer)
-    for asked, most, answer in json.loads((releases / "v1" / serve.RELEASE).read_text())["canary"]:
+    for asked, most, answer in json.loads((releases / "v1" / files.RELEASE).read_text())["canary"]:
         assert alone(loaded, "v1", asked, most) == answer
 
 
@@ -247,19 +210,19 @@ def test_the_fingerprint_is_of_the_numbers_and_not_of_the_dtype(chapter, own):
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    serve.write_current(tmp_path, "v1")
-    before = (tmp_path / serve.CURRENT).read_bytes()
+    files.write_current(tmp_path, "v1")
+    before = (tmp_path / files.CURRENT).read_bytes()
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     for broken in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(serve.os, broken, full)
+            patch.setattr(files.os, broken, full)
             with pytest.raises(OSError, match="No space"):
-                serve.write_current(tmp_path, "v2")
-        assert [path.name for path in tmp_path.iterdir()] == [serve.CURRENT]
-        assert (tmp_path / serve.CURRENT).read_bytes() == before
+                files.write_current(tmp_path, "v2")
+        assert [path.name for path in tmp_path.iterdir()] == [files.CURRENT]
+        assert (tmp_path / files.CURRENT).read_bytes() == before
 
 
 # The server
@@ -435,8 +398,8 @@ def test_a_share_is_about_a_share_sticks_and_only_grows():
         chosen = {i for i in ids if serve.choose(i, current) == "v2"}
         assert chosen >= before and abs(len(chosen) / len(ids) - share) < 0.02
         before = chosen
-    assert all(0 <= serve.place(i, "v2") < 1 for i in ids)
-    both = [i for i in ids if serve.place(i, "v2") < 0.1 and serve.place(i, "v3") < 0.1]
+    assert all(0 <= place(i, "v2") < 1 for i in ids)
+    both = [i for i in ids if place(i, "v2") < 0.1 and place(i, "v3") < 0.1]
     assert 50 < len(both) < 200
     assert serve.choose("x", {"stable": "v1", "candidate": None, "share": 1.0}) == "v1"
 
@@ -455,11 +418,11 @@ BAD = {
 
 def test_a_bad_pointer_is_refused_at_the_start_and_passed_over_later(chapter, model, folder):
     app = serve.create_app(model, chapter.tokenizer, folder)
-    serve.write_current(folder, "v2")
+    files.write_current(folder, "v2")
     with chapter.serving(app) as port:
         assert ask(chapter, port, ["Dab="])[0][1]["model"] == "v2"
         for case, content in BAD.items():
-            path = folder / serve.CURRENT
+            path = folder / files.CURRENT
             path.write_text(content) if content else path.unlink()
             status, answer = ask(chapter, port, ["Dab="])[0]
             assert (status, answer["model"]) == (200, "v2"), case
@@ -467,7 +430,7 @@ def test_a_bad_pointer_is_refused_at_the_start_and_passed_over_later(chapter, mo
             assert (status, health["status"]) == (200, "degraded") and "current" in health["fault"]
             with pytest.raises(LabError, match="current"):
                 serve.create_app(model, chapter.tokenizer, folder)
-        serve.write_current(folder, "v1")
+        files.write_current(folder, "v1")
         assert ask(chapter, port, ["Dab="])[0][1]["model"] == "v1"
         assert chapter.call(port, "/health")[1]["fault"] is None
 
@@ -480,7 +443,7 @@ def test_rolled_out_and_back_under_load_no_request_fails(chapter, model, folder,
         call = lambda p: chapter.call(port, "/v1/completions", {"prompt": p, "max_tokens": 6})  # noqa: E731
         flowing = []
         for stable, candidate, share in (("v1", "v2", 0.5), ("v2", None, 0.0), ("v1", None, 0.0)):
-            serve.write_current(folder, stable, candidate, share)
+            files.write_current(folder, stable, candidate, share)
             flowing += [pool.submit(call, prompt) for prompt in prompts]
             while not all(one.done() for one in flowing[:-8]):
                 time.sleep(0.001)
@@ -499,12 +462,12 @@ def test_a_reader_never_sees_half_a_pointer(folder):
         for i in range(10**6):
             if stop.is_set():
                 return
-            serve.write_current(folder, f"v{1 + i % 2}", share=0.5)
+            files.write_current(folder, f"v{1 + i % 2}", share=0.5)
 
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        seen = Counter(serve.read_current(folder, ["v1", "v2"])["stable"] for _ in range(2000))
+        seen = Counter(files.read_current(folder, ["v1", "v2"])["stable"] for _ in range(2000))
     finally:
         stop.set()
         writer.join()
@@ -594,10 +557,10 @@ def test_the_export_loads_in_stock_peft_with_equal_outputs(chapter, releases, tm
     here = PeftModel.from_pretrained(frozen_base(), tmp_path / "lora").eval()
     with torch.no_grad():
         torch.testing.assert_close(here(**batch).logits, routed, atol=1e-4, rtol=1e-4)
-    assert load_file(tmp_path / "lora" / serve.FILES[1])
+    assert load_file(tmp_path / "lora" / files.FILES[1])
 
 
-COMMAND = [sys.executable, "-m", "rlora_lab.serving.serve"]
+COMMAND = [sys.executable, "-m", "rlora_lab", "serve"]
 
 
 def test_the_command_serves_and_on_sigterm_answers_what_it_has_accepted(
@@ -631,28 +594,19 @@ def test_the_command_serves_and_on_sigterm_answers_what_it_has_accepted(
         chapter.call(port, "/health")
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_the_command_refuses_a_bad_release_and_says_which(releases, tmp_path, monkeypatch, capsys):
     copied = Path(shutil.copytree(releases, tmp_path / "releases"))
-    whole = (copied / "v2" / serve.FILES[1]).read_bytes()
-    (copied / "v2" / serve.FILES[1]).write_bytes(whole[:-1])
-    monkeypatch.setattr(sys, "argv", ["serve", str(copied)])
-    # as `python -m rlora_lab.serving.serve` does, in this process
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("rlora_lab.serving.serve", run_name="__main__")
-    assert end.value.code == 2
+    whole = (copied / "v2" / files.FILES[1]).read_bytes()
+    (copied / "v2" / files.FILES[1]).write_bytes(whole[:-1])
+    monkeypatch.setattr(sys, "argv", ["rlora_lab", "serve", str(copied)])
+    assert main() == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: v2 is refused") and "v1: checked and loaded" in said.out
 
 
-def test_the_command_explains_itself_and_refuses_an_empty_folder(tmp_path):
-    app = typer.Typer()
-    app.command()(serve.main)
-    shown = CliRunner().invoke(app, ["--help"])
-    assert shown.exit_code == 0 and "release" in shown.output
-    assert all(option in shown.output for option in ("--port", "--max-queue", "--max-prompt"))
+def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(LabError, match="no release"):
-        serve.main(tmp_path, threads=None)
+        serve.serve(tmp_path)
 
 
 # The page for people who decide, in two languages

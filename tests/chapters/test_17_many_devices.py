@@ -5,7 +5,6 @@ torch's `fully_shard` end with the weights of one process that has the whole bat
 made wrong on purpose does not. A run whose worker is killed or stuck ends with an error.
 """
 
-import ast
 import json
 import os
 import re
@@ -14,18 +13,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 import torch
+from chapter_code import cell_code, chapter_sources
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from rlora_lab.models.bases import load_base
 from rlora_lab.tasks.strings import Synthetic
 
-BOOK = Path(__file__).parents[2] / "book"
-CELLS = nbformat.read(BOOK / "17_many_devices.ipynb", as_version=4).cells
-SOURCES = [cell.source for cell in CELLS if cell.cell_type == "code"]
+CHAPTER = "17_many_devices"
+SOURCES = chapter_sources(CHAPTER)
 ENVIRONMENT = os.environ | {
     "ACCELERATE_USE_CPU": "true",
     "CUDA_VISIBLE_DEVICES": "",
@@ -82,25 +80,13 @@ def written_by_the_chapter(folder: Path) -> None:
                 file.write(source[found.end() :] + "\n")
 
 
-def defined(name: str) -> dict:
-    """The names of the cell that defines `name`, with the set-up's imports."""
-    holder = next(s for s in SOURCES if re.search(rf"(?m)^(def {name}\(|{name} = )", s))
-    set_up = "\n".join(s for s in SOURCES[0].splitlines() if "%pip" not in s and s[:2] != "if")
-    body = [n for n in ast.parse(set_up).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    kept = ast.FunctionDef | ast.Assign
-    body += [node for node in ast.parse(holder).body if isinstance(node, kept)]
-    found: dict = {}
-    exec(compile(ast.Module(body, []), "chapter 17", "exec"), found)
-    return found
-
-
 def launch(folder: Path, *arguments: str, **environment: str) -> tuple[int, float, str]:
     """The chapter's own `launch`, in a folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, value in (ENVIRONMENT | environment).items():
             patch.setenv(name, value)
-        return defined("launch")["launch"](*arguments)
+        return cell_code(CHAPTER, "launch").launch(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +251,7 @@ def test_a_model_without_blocks_is_not_cut(folder, monkeypatch):
 
 
 def chapter_configs() -> dict[str, str]:
-    found = defined("CONFIGS")["CONFIGS"]
+    found = cell_code(CHAPTER, "CONFIGS").CONFIGS
     more = [s for s in SOURCES if s.startswith('CONFIGS["')]
     for source in more:
         exec(source, {"CONFIGS": found})

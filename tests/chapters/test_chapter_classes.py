@@ -6,20 +6,17 @@ all trained tensors after some steps of AdamW have to agree in float64, with dro
 two draw masks of the same shape.
 """
 
-import ast
 import copy
 import re
-from pathlib import Path
 
-import nbformat
 import pytest
 import torch
+from chapter_code import cell_code, chapter_sources, execute
 from peft import get_peft_model
 from torch import nn
 
 from rlora_min import RLoraConfig
 
-BOOK = Path(__file__).parents[2] / "book"
 D_IN, D_OUT, STEPS = 12, 20, 5
 
 LORA = {"num_heads": 1, "init_heads": "zeros", "dropout_on": "input", "router": "mean"}
@@ -49,19 +46,7 @@ WRONG |= {"04 one head": ["A", "B", "s"], "07 one head": ["A", "B", "s", "A0"]}
 
 
 def chapter_class(notebook: str, name: str) -> type[nn.Module]:
-    """A class out of a chapter: the set-up's imports, then the definitions of the class's cell."""
-    cells = nbformat.read(BOOK / f"{notebook}.ipynb", as_version=4).cells
-    sources = [cell.source for cell in cells if cell.cell_type == "code"]
-    holder = next(source for source in sources if f"class {name}(" in source)
-    set_up = [line for line in sources[0].splitlines() if "%pip" not in line]
-    set_up = [line for line in set_up if not line.startswith("if find_spec")]
-    kinds = (ast.Import, ast.ImportFrom)
-    body = [node for node in ast.parse("\n".join(set_up)).body if isinstance(node, kinds)]
-    definitions = (ast.ClassDef, ast.FunctionDef)
-    body += [node for node in ast.parse(holder).body if isinstance(node, definitions)]
-    found: dict = {}
-    exec(compile(ast.Module(body, []), notebook, "exec"), found)
-    return found[name]
+    return getattr(cell_code(notebook, name), name)
 
 
 def twins(case: str, seed: int = 0):
@@ -155,8 +140,7 @@ def test_subtracting_in_place_is_the_side_pair():
 
 def test_every_class_of_a_chapter_is_compared():
     built = set()
-    for path in BOOK.glob("[0-9][0-9]_*.ipynb"):
-        cells = nbformat.read(path, as_version=4).cells
-        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    for path in execute.chapters():
+        code = "\n".join(chapter_sources(path.stem, solutions=True))
         built |= {(path.stem, name) for name in re.findall(r"^class (\w+Linear)\(", code, re.M)}
     assert built == {(notebook, name) for notebook, name, _, _ in CASES.values()}

@@ -3,18 +3,15 @@
 import copy
 import itertools
 import re
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from chapter_code import execute
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "book"))
-import execute  # noqa: E402
-
-CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
+CHAPTERS = execute.chapters()
 REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
 URL = REPOSITORY["url"]
 
@@ -198,13 +195,13 @@ def check_text(nb) -> list[str]:
     return found
 
 
-def check_stamp(nb) -> list[str]:
+def check_stamp(nb, name: str) -> list[str]:
     stamp = nb.metadata.get(execute.STAMP, {})
     missing = [key for key in STAMPED if not stamp.get(key)]
     if missing:
         return [f"stamp: no {', '.join(missing)}"]
     found = []
-    if stamp["hash"] != execute.notebook_hash(nb):
+    if stamp["hash"] != execute.notebook_hash(nb, Path(name).stem):
         found.append("stamp: stale; make execute runs the chapter again")
     if stamp["seconds"] > MOST_SECONDS:
         found.append(f"stamp: ran {stamp['seconds']} s, more than {MOST_SECONDS}")
@@ -214,13 +211,24 @@ def check_stamp(nb) -> list[str]:
 def faults(nb, name: str) -> list[str]:
     """What is wrong with the form of a chapter."""
     checks = [check_setup, check_parts, check_exercises, check_outputs, check_pictures, check_text]
-    found = check_opening(nb, name)
-    return found + [fault for check in [*checks, check_stamp] for fault in check(nb)]
+    found = [fault for check in checks for fault in check(nb)]
+    return check_opening(nb, name) + found + check_stamp(nb, name)
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.name)
 def test_the_form_of_a_chapter(path):
     assert faults(nbformat.read(path, as_version=4), path.name) == []
+
+
+def test_what_chapters_export_is_what_they_show():
+    made = {}
+    for path in CHAPTERS:
+        text = execute.export_of(nbformat.read(path, as_version=4), path.stem)
+        if text is not None:
+            made[f"ch{path.stem}.py"] = text
+    folder = ROOT / "book" / "rlora_lab" / "chapters"
+    there = {path.name: path.read_text("utf-8") for path in folder.glob("ch*.py")}
+    assert len(made) >= 3 and there == made, "make execute writes them anew"
 
 
 # Each check, seen to fail on a chapter that was broken on purpose.

@@ -1,11 +1,13 @@
-"""What the tests of `rlora_lab` share: sentences, and small bases with MiniLM's tokenizer."""
+"""What the tests of `rlora_lab` share: sentences, small bases with MiniLM's tokenizer, workers."""
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from rlora_lab.models.bases import load_base
+from rlora_lab.runs import worker
 
 SENTENCES = Path(__file__).parents[1] / "fixtures" / "sentences"
 
@@ -49,3 +51,29 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Here:
+    """A pool whose workers are this process."""
+
+    def __init__(self, *args) -> None:
+        pass
+
+    def submit(self, function, *args):
+        future: Future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **kwargs) -> None:
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder to work in, with workers that tests can look into."""
+    monkeypatch.setattr(worker, "ProcessPoolExecutor", Here)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,4 +1,4 @@
-"""The running diagram: SVG on a white ground, the same each time, and growing."""
+"""The running diagram, SVG on a white ground that grows; and the style, which stays where it is."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from rlora_lab.drawing import diagrams
-from rlora_lab.drawing.style import use_book_style
+from rlora_lab.drawing.style import book_style, use_book_style
 
 STAGES = {
     "full_update": diagrams.full_update,
@@ -19,13 +19,6 @@ STAGES = {
     "all": lambda: diagrams.heads_layer(side_pair=True, masks=True),
 }
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-@pytest.fixture(autouse=True)
-def style():
-    use_book_style()
-    yield
-    plt.rcdefaults()
 
 
 def shapes(drawn) -> int:
@@ -48,21 +41,68 @@ def test_a_stage_is_svg_on_a_white_ground(stage):
 def test_a_stage_is_the_same_text_each_time(stage):
     # Otherwise each execution of a chapter would change its file.
     first = STAGES[stage]().data
-    plt.figure()  # what else is drawn makes no difference
-    assert STAGES[stage]().data == first
+    with plt.rc_context({"font.size": 20, "mathtext.fontset": "stix", "svg.fonttype": "none"}):
+        plt.figure()  # what else is set and drawn makes no difference
+        assert STAGES[stage]().data == first
     assert "<dc:date>" not in first
-
-
-def test_drawing_leaves_pyplot_alone():
-    # Settings that a notebook's backend makes while it loads must not be taken back.
-    code = (
-        "import matplotlib; from rlora_lab.drawing.diagrams import lora_layer; lora_layer();"
-        "print(matplotlib.get_backend(auto_select=False))"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "None"
 
 
 def test_the_diagram_grows():
     heads, pair, whole = (shapes(STAGES[s]()) for s in ("heads", "heads and side pair", "all"))
     assert shapes(STAGES["lora_layer"]()) < heads < pair < whole
+
+
+# The style
+
+LEFT_ALONE = """
+import matplotlib
+before = matplotlib.rcParams.copy()
+from rlora_lab.drawing import diagrams
+from rlora_lab.drawing.style import book_style
+diagrams.lora_layer()
+assert matplotlib.get_backend(auto_select=False) is None  # a notebook's is still to be loaded
+assert matplotlib.rcParams.copy() == before
+import matplotlib.pyplot as plt
+with book_style():
+    plt.plot([1, 2])
+    assert matplotlib.rcParams["font.size"] == 9
+after = matplotlib.rcParams.copy()
+assert {key for key in before if after[key] != before[key]} <= {"backend"}
+"""
+# In a notebook, as its cells see it and as it is between them.
+IN_A_NOTEBOOK = """
+import matplotlib
+from IPython.terminal.interactiveshell import TerminalInteractiveShell
+from rlora_lab.drawing.style import use_book_style
+shell = TerminalInteractiveShell.instance()
+own = {"lines.linewidth": 7, "font.size": 20}
+matplotlib.rcParams.update(own)
+use_book_style()
+use_book_style()  # its cell was run twice
+before = matplotlib.rcParams.copy()
+for cell in ("import matplotlib.pyplot as plt", "plt.plot([1, 2])", "1 / 0", "plt.figure()"):
+    shell.run_cell(cell)
+    shell.run_cell("seen = plt.rcParams['font.size'], plt.rcParams['lines.linewidth']")
+    assert shell.user_ns["seen"] == (9, 1.6)
+    assert matplotlib.rcParams.copy() == before
+assert before["interactive"] and {key: before[key] for key in own} == own
+"""
+
+
+@pytest.mark.parametrize("code", [LEFT_ALONE, IN_A_NOTEBOOK], ids=["script", "notebook"])
+def test_matplotlibs_settings_are_untouched(code):
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_inside_the_style_nothing_of_ones_own_settings_is_left():
+    names = "lines.linewidth", "xtick.direction"
+    with plt.rc_context({"lines.linewidth": 7, "xtick.direction": "in"}):
+        with book_style():
+            assert [plt.rcParams[name] for name in names] == [1.6, "out"]
+        assert [plt.rcParams[name] for name in names] == [7, "in"]
+
+
+def test_outside_a_notebook_the_context_is_named():
+    with pytest.raises(RuntimeError, match="with book_style"):
+        use_book_style()

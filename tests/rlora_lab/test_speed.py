@@ -2,16 +2,13 @@
 
 import json
 from dataclasses import asdict, replace
+from importlib.resources import files
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from peft import get_peft_model
 from rich.console import Console
-from rlora_helpers import layers_of, perturb, relative
 from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
@@ -21,19 +18,10 @@ from rlora_lab.errors import LabError
 from rlora_lab.models.methods import equal_lora_rank
 from rlora_lab.models.published_loops import PublishedHydraLora, PublishedRLora, publish
 from rlora_lab.speed import bench
-from rlora_lab.speed.bench import (
-    ALL,
-    BARS,
-    PAIR,
-    Case,
-    Speed,
-    Work,
-    cases,
-    kept_bytes,
-    tables,
-    verdicts,
-)
-from rlora_min import RLoraConfig
+from rlora_lab.speed.bars import BARS, find, ratio, tables, verdicts
+from rlora_lab.speed.bench import Speed
+from rlora_lab.speed.cases import ALL, PAIR, SHAPES, Case, cases
+from rlora_lab.speed.instruments import Work, kept_bytes
 
 QUIET = Console(quiet=True)
 TINY = {"hidden": 16, "mlp": 40, "heads": 2, "kv_heads": 1, "layers": 2}
@@ -43,7 +31,7 @@ FIRST = Case(shape="tiny", batch=2, tokens=5, rounds=6, layers=1)
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[Case, tuple[str, ...]]:
     """Cases of a tiny shape, one for each bar but that of torch.compile."""
-    monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
     return {
         FIRST: ALL,
         replace(FIRST, study="heads", num_heads=32, rounds=2): PAIR,
@@ -61,72 +49,6 @@ def screen(result: dict, width: int = 100) -> str:
     return capture.get()
 
 
-# The published forms
-
-
-def pair_of_layers(form: type, d_in: int = 6, d_out: int = 7, **settings) -> tuple:
-    """An R-LoRA layer, moved off its start, and a published form with the same tensors."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(d_in, d_out)).double().requires_grad_(False)
-    weight = base[0].weight
-    config = RLoraConfig(r=2, num_heads=3, target_modules=["0"], lora_dropout=0, **settings)
-    model = get_peft_model(base, config)
-    ours = layers_of(perturb(model))[0]
-    theirs = form(ours.base_layer, r=2, num_heads=3, alpha=32, dropout=0).double()
-    with torch.no_grad():
-        theirs.A.weight.copy_(ours.rlora_A["default"].weight)
-        theirs.router.weight.copy_(ours.rlora_router["default"].weight)
-        for i, B in enumerate(theirs.heads):
-            B.weight.copy_(ours.rlora_B["default"].weight[:, 2 * i : 2 * i + 2])
-        theirs.weight = weight
-        if form is PublishedRLora:
-            theirs.subtract(ours.rlora_B0["default"], ours.rlora_A0["default"])
-    return ours, theirs
-
-
-FP32 = 1e-6  # of the published forms' softmax
-HYDRA = {"init_heads": "zeros", "router_init": "kaiming", "dropout_on": "input"}
-
-
-@pytest.mark.parametrize(
-    ("form", "settings"),
-    [(PublishedRLora, {}), (PublishedHydraLora, HYDRA | {"use_rslora": False})],
-)
-def test_without_dropout_a_published_form_is_rlora_min(form, settings):
-    ours, theirs = pair_of_layers(form, **settings)
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
-    h, same = ours(x), theirs(x)
-    assert (h - ours.base_layer(x)).abs().max() > 0.1
-    assert relative(same - h, h) < FP32
-    for out in (h, same):
-        out.square().sum().backward()
-    for part in ("A", "router"):
-        grad = getattr(ours, f"rlora_{part}")["default"].weight.grad
-        assert relative(getattr(theirs, part).weight.grad - grad, grad) < FP32
-    grad = ours.rlora_B["default"].weight.grad
-    assert relative(torch.cat([B.weight.grad for B in theirs.heads], 1) - grad, grad) < FP32
-
-
-def test_a_published_form_starts_at_the_base_under_a_uniform_router():
-    for form in (PublishedRLora, PublishedHydraLora):
-        _, theirs = pair_of_layers(form)
-        linear = nn.Linear(6, 7).requires_grad_(False)
-        fresh = form(linear, r=2, num_heads=3, alpha=32, dropout=0.5).eval()
-        nn.init.zeros_(fresh.router.weight)
-        x = torch.randn(9, 6)
-        assert relative(fresh(x) - linear(x), linear(x)) < 1e-5
-        assert fresh.A.weight.any() and theirs.heads[0].weight.any()
-
-
-@pytest.mark.parametrize(("form", "width"), [(PublishedRLora, 2), (PublishedHydraLora, 6)])
-def test_each_head_has_its_mask_on_what_the_table_says(form, width):
-    layer = form(nn.Linear(6, 7), r=2, num_heads=3, alpha=32, dropout=0.5)
-    with mock.patch.object(F, "dropout", side_effect=F.dropout) as dropout:
-        layer(torch.randn(5, 6))
-    assert [call.args[0].shape for call in dropout.call_args_list] == [(5, width)] * 3
-    assert all(call.args[1:] == (0.5, True) for call in dropout.call_args_list)
-
-
 def test_publishing_leaves_shared_weights_as_they_are(tiny):
     base = bench.make_base(FIRST, "cpu")
     before = [p.clone() for p in base.parameters()]
@@ -135,12 +57,10 @@ def test_publishing_leaves_shared_weights_as_they_are(tiny):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert (trained == 0) == (method == "base")
     assert all(torch.equal(p, b) for p, b in zip(base.parameters(), before, strict=True))
-    model = publish(bench.make_model("base", base, FIRST), PublishedHydraLora, bench.MLP, **SIZES)
+    sizes = {"r": 2, "num_heads": 3, "alpha": 32, "dropout": 0.0}
+    model = publish(bench.make_model("base", base, FIRST), PublishedHydraLora, bench.MLP, **sizes)
     forms = [m for m in model.modules() if isinstance(m, PublishedHydraLora)]
     assert len(forms) == 3 and forms[0].weight is base.layers[0].mlp.gate_proj.weight
-
-
-SIZES = {"r": 2, "num_heads": 3, "alpha": 32, "dropout": 0.0}
 
 
 # Counts
@@ -183,22 +103,22 @@ def test_work_is_that_counted_by_hand():
 def test_the_shapes_have_the_sizes_that_the_models_cards_say():
     cards = {"Qwen2.5-0.5B": 0.36e9, "Qwen2.5-1.5B": 1.31e9, "Qwen2.5-7B": 6.53e9}
     for name, size in cards.items():  # without vocabulary
-        case = Case(shape=name, layers=bench.SHAPES[name]["layers"])
+        case = Case(shape=name, layers=SHAPES[name]["layers"])
         parameters = sum(p.numel() for p in bench.make_base(case, "meta").parameters())
         assert parameters == pytest.approx(size, rel=0.02)
 
 
 def test_lora_has_the_size_of_rlora():
     for case in cases("cpu", quick=False):
-        shape = bench.SHAPES[case.shape]
+        shape = SHAPES[case.shape]
         hidden, mlp = shape["hidden"], shape["mlp"]
         sizes = [(hidden, mlp)] * 2 + [(mlp, hidden)]
         wanted = sum(case.r * i + case.num_heads * (case.r * o + i) for i, o in sizes)
-        rank = bench.equal_rank(None, case)
+        rank = bench.equal_rank(case)
         step = sum(i + o for i, o in sizes)
         assert abs(rank * step - wanted) <= step / 2 or rank == 1
     ranks = [equal_lora_rank(*size, 4, 5) for size in ((896, 4864), (4864, 896))]
-    assert min(ranks) < bench.equal_rank(None, Case()) == 16 < max(ranks)
+    assert min(ranks) < bench.equal_rank(Case()) == 16 < max(ranks)
 
 
 # Ratios and bars
@@ -221,15 +141,15 @@ def test_a_ratio_is_the_median_within_rounds_with_its_interval():
     base = np.random.default_rng(0).uniform(1, 9, 20)  # a machine that others use too
     ratios = 1 + np.arange(20) / 100
     one, other = record("rlora", step=base * ratios), record("base", step=base)
-    value, low, high = bench.ratio(one, other)
+    value, low, high = ratio(one, other)
     # 5th and 15th of 20: between them lies the median in 95.9 % of samples
     assert (value, low, high) == pytest.approx((1.095, 1.05, 1.14))
     assert 0.95 < stats.binom(20, 0.5).cdf(14) - stats.binom(20, 0.5).cdf(5) < 0.97
-    assert bench.ratio(one, other, "backward")[0] == pytest.approx(1.095)
+    assert ratio(one, other, "backward")[0] == pytest.approx(1.095)
     few = [record(m, step=s) for m, s in (("rlora", [1, 2, 4]), ("base", [1, 1, 1]))]
-    assert bench.ratio(*few) == pytest.approx((2, 1, 4))
+    assert ratio(*few) == pytest.approx((2, 1, 4))
     counts = record("rlora", kept_bytes=3), record("base", kept_bytes=4)
-    assert bench.ratio(*counts, "kept_bytes") == (0.75, 0.75, 0.75)
+    assert ratio(*counts, "kept_bytes") == (0.75, 0.75, 0.75)
 
 
 def test_verdicts_say_what_holds_and_how_clearly():
@@ -261,6 +181,13 @@ def test_verdicts_say_what_holds_and_how_clearly():
     assert set(said.values()) == {(None, None)}
     assert bars["step", "base", first]["rounds"] == FIRST.rounds
     assert bars["step", "base", first]["value"] == pytest.approx(1.07)
+
+
+def test_the_recorded_bars_follow_from_the_recorded_runs():
+    result = json.loads((files("rlora_lab") / "records" / "speed-cpu.json").read_text())
+    assert verdicts(result) == result["bars"]
+    shown = screen(result, width=120)
+    assert "…" not in shown and "not measured" not in shown
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -297,9 +224,7 @@ def test_end_to_end(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert str(tmp_path) not in out.read_text()
 
     wanted = [(case, method) for case, methods in tiny.items() for method in methods]
-    assert [(bench._case(r), r["method"]) for r in result["records"]] == [
-        (asdict(case), method) for case, method in wanted
-    ]
+    assert [(Case.of(r), r["method"]) for r in result["records"]] == wanted
     sizes = {}
     for r in result["records"]:
         generates, plain = r["generate"] > 0, not (r["generate"] or r["checkpointing"])
@@ -361,7 +286,7 @@ def test_a_method_that_finds_no_memory_is_skipped_and_the_others_go_on(tiny, mon
     records = {r["method"]: r for r in bench.run_case(FIRST, ALL, "cpu", roof)}
     assert records["published-rlora"]["skipped"] == "out of memory"
     assert all(len(records[m]["seconds"]["forward"]) == FIRST.rounds for m in PAIR)
-    assert bench.find({"records": list(records.values())}, "published-rlora") is None
+    assert find({"records": list(records.values())}, "published-rlora") is None
 
 
 def test_what_is_refused_loses_nothing(tiny, tmp_path: Path):

@@ -6,13 +6,8 @@ from pathlib import Path
 import pytest
 
 from rlora_lab.models.bases import load_base
-from rlora_lab.report.report import advise
-from rlora_lab.report.results import (
-    against_rlora,
-    chosen_records,
-    load_evidence,
-    relatedness,
-)
+from rlora_lab.report.loading import chosen_records, load_evidence
+from rlora_lab.report.questions import advise, against_rlora, relatedness
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -6,13 +6,12 @@ coloured, solid one. Each function draws one stage, as SVG on a white ground.
 
 from io import StringIO
 
-import matplotlib
 from IPython.display import SVG
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Polygon
 
-from rlora_lab.drawing.style import OKABE_ITO
+from .style import OKABE_ITO, book_style
 
 FROZEN = {"facecolor": "#F2F2F2", "edgecolor": "#555555", "linestyle": "--"}
 TRAINED = {"facecolor": "#E3F0F8", "edgecolor": OKABE_ITO["blue"], "linestyle": "-"}
@@ -38,8 +37,7 @@ def _canvas(width: float, height: float, left: float = 0.0) -> tuple[Figure, Axe
 def _svg(figure: Figure) -> SVG:
     """The drawing as SVG, the same text each time that it is drawn."""
     text = StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "rlora"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return SVG(text.getvalue())
 
 
@@ -84,6 +82,7 @@ def _frozen_way(axes: Axes, y: float, box: float, half: float, plus: float) -> N
     axes.text(end - 0.15, y, "$h$", ha="center", va="center", fontsize=11)
 
 
+@book_style()
 def full_update() -> SVG:
     """Full fine-tuning: beside the frozen W0 a change of the same size, all of it trained."""
     figure, axes = _canvas(6.4, 3.0)
@@ -111,6 +110,7 @@ def _lora(axes: Axes) -> None:
     _arrow(axes, (6.52, low), (6.9, low), (6.9, top - 0.22))
 
 
+@book_style()
 def lora_layer() -> SVG:
     """LoRA: x goes through the frozen W0, and through A and B, whose product is scaled by s."""
     figure, axes = _canvas(8.0, 3.0)
@@ -118,6 +118,7 @@ def lora_layer() -> SVG:
     return _svg(figure)
 
 
+@book_style()
 def lora_for_tasks() -> SVG:
     """The same layer, to which the tokens of every task come: one A and one B for all of them."""
     figure, axes = _canvas(8.0, 3.0, left=-1.8)
@@ -133,6 +134,7 @@ def lora_for_tasks() -> SVG:
     return _svg(figure)
 
 
+@book_style()
 def heads_layer(side_pair: bool = False, masks: bool = False) -> SVG:
     """Three heads on one A, weighed by a router; with both options this is R-LoRA.
 

@@ -1,7 +1,10 @@
 """The look of the book's pictures: white ground, Okabe-Ito colours, a second channel to each."""
 
+from contextlib import AbstractContextManager, ExitStack
+
 import matplotlib.pyplot as plt
 from cycler import cycler
+from IPython import get_ipython
 
 # Okabe and Ito's colours, told apart by readers with any colour vision, in this order.
 OKABE_ITO = {
@@ -17,32 +20,62 @@ LINE_STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
 
+STYLE = {
+    # The n-th line has its colour, its style and its marker.
+    "axes.prop_cycle": cycler(color=list(OKABE_ITO.values()))
+    + cycler(linestyle=LINE_STYLES)
+    + cycler(marker=MARKERS),
+    "axes.facecolor": "white",
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 144,
+    "figure.facecolor": "white",
+    "figure.figsize": (6.4, 3.2),
+    "font.size": 9,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "mathtext.fontset": "cm",
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "rlora",  # the same text each time that a picture is drawn
+}
+
+
+def book_style() -> AbstractContextManager:
+    """The look of what is drawn and saved inside: `with book_style(): ...`, or `@book_style()`.
+
+    Outside, matplotlib's settings are as they were; inside, nothing of them is left.
+    """
+    return plt.style.context(STYLE, after_reset=True)
+
+
+_cell = ExitStack()
+
+
+def _enter(info: object) -> None:
+    _cell.enter_context(book_style())
+
+
+def _leave(result: object) -> None:
+    _cell.close()
+
+
 def use_book_style() -> None:
-    """Set matplotlib up for the book: the n-th line has its colour, its style and its marker."""
-    plt.rcdefaults()
-    plt.rcParams.update(
-        {
-            "axes.prop_cycle": cycler(color=list(OKABE_ITO.values()))
-            + cycler(linestyle=LINE_STYLES)
-            + cycler(marker=MARKERS),
-            "axes.facecolor": "white",
-            "axes.grid": True,
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "figure.constrained_layout.use": True,
-            "figure.dpi": 144,
-            "figure.facecolor": "white",
-            "figure.figsize": (6.4, 3.2),
-            "font.size": 9,
-            "grid.color": "#DDDDDD",
-            "grid.linewidth": 0.6,
-            "legend.frameon": False,
-            "lines.linewidth": 1.6,
-            "lines.markersize": 4.5,
-            "mathtext.fontset": "cm",
-            "savefig.facecolor": "white",
-        }
-    )
+    """In a notebook: from the next cell on, each cell and the pictures it shows are in the style.
+
+    Raises:
+        RuntimeError: this is no notebook.
+    """
+    shell = get_ipython()
+    if shell is None:
+        raise RuntimeError("use_book_style is for notebooks; elsewhere: with book_style()")
+    shell.enable_matplotlib("inline")  # now, for what it sets has to outlive the next cell
+    shell.events.register("pre_run_cell", _enter)
+    shell.events.register("post_run_cell", _leave)  # pictures were shown before, at post_execute
 
 
 def _method(label: str, color: str, marker: str, linestyle: object) -> dict:

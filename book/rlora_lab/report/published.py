@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from ..drawing.style import LINE_STYLES, METHOD_STYLES, OKABE_ITO
-from .results import differences, score_array
+from .loading import score_array
+from .questions import differences
 
 ROWS = ("LoRA", "HydraLoRA", "+ head dropout", "+ random heads", "R-LoRA")
 _ = float("nan")  # the table has no such row
@@ -44,11 +45,6 @@ def leads() -> pd.DataFrame:
     """What R-LoRA is ahead of each other row by, in percentage points."""
     averages = published()
     return averages.drop(columns="R-LoRA").rsub(averages["R-LoRA"], axis=0)
-
-
-def points(table: pd.DataFrame, form: str = ".2f") -> pd.DataFrame:
-    """A table of numbers as text, with a dash where there is none."""
-    return table.map(lambda value: "–" if pd.isna(value) else f"{value:{form}}")
 
 
 def deviation(values: Sequence[float]) -> tuple[float, float, float]:
@@ -84,11 +80,12 @@ def scatter_table(records: dict[str, dict]) -> pd.DataFrame:
             alone = name in METHOD_STYLES
             label = METHOD_STYLES[name]["label"] if alone else "R-LoRA less LoRA, paired"
             rows[f"{words}: {label}"] = {
-                "seeds": str(len(result["seeds"])),
-                "sigma": f"{sigma:.1f}",
-                "95 % interval": f"{low:.1f} to {high:.1f}",
-                "if luck were independent": "" if alone else f"{independent:.1f}",
-                "one run each shows": f"{(SHOWN if alone else 2) * sigma:.1f}",
+                "seeds": len(result["seeds"]),
+                "sigma": sigma,
+                "sigma from": low,
+                "sigma to": high,
+                "if luck were independent": np.nan if alone else independent,
+                "one run each shows": (SHOWN if alone else 2) * sigma,
             }
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -101,9 +98,9 @@ def shown_table(records: dict[str, dict]) -> pd.DataFrame:
     for words, result in records.items():
         worst = max(scatter(result)[m][0] for m in PAIR)
         rows[words] = {
-            "sigma": f"{worst:.1f}",
-            "leads shown": str(int((needed > worst).sum())),
-            "published leads": str(len(needed)),
+            "sigma": worst,
+            "leads shown": int((needed > worst).sum()),
+            "published leads": len(needed),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -1,314 +1,82 @@
-"""`python -m rlora_lab.runs.scarce`: LoRA and R-LoRA of equal size on five string tasks that
-have from 5,000 down to 20 training examples. Chapter 14 shows the record, and the
-functions of training.
+"""What a run is of the blocks of chapter 14: tasks with few examples, trained as the chapter does.
 
-For each method a learning rate is chosen on validation data with seeds of its own, at the middle
-temperature. Then both run at every temperature on the same fresh seeds: for one seed they see the
-same examples in the same order. Each run is scored on test data twice: at its end, and at the look
-where the worst task was best on validation data. After that R-LoRA learns scarce tasks alone, with
-augmentations that fit or do not, and from the adapters of other tasks.
-
-A run that was stopped goes on where it stopped: what is done is in the JSON file of the result.
+A run of "skewed" is scored on test data twice: at its end, and at the look where the worst task was
+best on validation data. A run of "alone" is R-LoRA on a single task, with augmentations that fit or
+do not, or from the adapter of another task.
 """
 
-import argparse
 import functools
-import json
-import math
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from torch.nn.functional import cross_entropy
-from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from ..errors import LabError
+from ..chapters import ch14_scarce_tasks as chapter
 from ..models.bases import load_base
 from ..models.methods import adapt, count_trainable
-from ..tasks.strings import LENGTH, QUESTION, SIZE, VOCABULARY, Synthetic, draw
-from .record import environment, write_result
+from ..names import AUGMENTATIONS, FRESH
+from ..tasks.suite import Suite
+from .plan import Run
+from .probes import by_metric
 
-SIZES = {
-    "rotate back": 5000,
-    "sort down": 1000,
-    "first half twice": 200,
-    "rotate 2": 60,
-    "running min": 20,
-}
-TEMPERATURES = {"1": 1.0, "3": 3.0, "inf": math.inf}
-METHODS = ("lora", "rlora")
-RATES = (0.003, 0.005, 0.008)
-SWEEP_SEEDS = (100, 101)
-# Of the tasks alone: examples, and for a start the tasks that lend their adapters.
-ALONE_SEEDS = 4
-AUGMENTED = ("rotate 2", 20)
-FRESH = "a fresh adapter"
-STARTED = {
-    ("rotate 3", 40): ("rotate 2", "mirror"),
-    ("running min", 20): ("largest", "rotate back"),
-}
+LENT, LENDERS_SEED = 5000, 100  # examples of a task that lends its adapter; no seed is measured
 
 
-def shares(sizes, T):
-    """p_k proportional to n_k^(1/T), by task."""
-    n = torch.tensor(list(sizes.values()), dtype=torch.double)
-    p = n ** (1 / T)  # T = inf: every task the same
-    return p / p.sum()
-
-
-class Skewed(Synthetic):
-    """String tasks with so many training examples each, drawn at temperature T."""
-
-    def __init__(self, sizes, T=1.0, seed=0, augment=None):
-        super().__init__(sizes)
-        if bad := [task for task, n in sizes.items() if n < 1]:
-            raise ValueError(f"tasks without examples: {', '.join(bad)}")
-        if not T > 0:
-            raise ValueError(f"T must be above 0, got {T}")
-        generator = torch.Generator().manual_seed(seed)
-        self.pools = {
-            task: self.rows(task, draw(n, generator, "train")) for task, n in sizes.items()
-        }
-        self.p, self.augment = shares(sizes, T), augment or {}
-
-    def sample(self, size, generator):
-        """Rows (size, 14), and the number of each row's task (size,)."""
-        which = torch.multinomial(self.p, size, replacement=True, generator=generator)
-        ids = torch.empty(size, QUESTION + LENGTH, dtype=torch.long)
-        for k, (task, pool) in enumerate(self.pools.items()):
-            here = (which == k).nonzero()[:, 0]
-            rows = pool[torch.randint(len(pool), (len(here),), generator=generator)]
-            ids[here] = self.augment.get(task, lambda rows, _: rows)(rows, generator)
-        return ids, which
-
-
-def losses(model, ids):
-    """The loss of each example, a mean over its answer's letters: (n,)."""
-    logits = model(input_ids=ids).logits[:, QUESTION - 1 : -1]  # (n, 6, characters)
-    return cross_entropy(logits.mT, ids[:, QUESTION:], reduction="none").mean(1)
-
-
-def train_skewed(model, suite, steps, lr, seed=0, batch=48, weights=None, every=None):
-    """Train on draws; returns the looks: (step, {task: letters right}, adapter)."""
-    set_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.03 * steps), steps)
-    looks = []
-    for step in range(1, steps + 1):
-        ids, which = suite.sample(batch, generator)
-        loss = losses(model.train(), ids)
-        loss = (loss if weights is None else weights[which] * loss).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        if every and step % every == 0:
-            adapter = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
-            looks.append((step, right(model, suite), adapter))
-    return looks
-
-
-def right(model, suite, split="validation", size=200):
-    """Letters right by task."""
-    scores = suite.score(model, split, size)
-    return {task: score["letters"] for task, score in scores.items()}
-
-
-def best_look(looks, by=min):
-    """The look whose worst task is best; with another `by`, such as a mean, by that."""
-    return max(looks, key=lambda look: by(look[1].values()))
-
-
-def rename(rows, generator):
-    """One random table of letters for question and answer of each row."""
-    table = torch.rand(len(rows), SIZE, generator=generator).argsort(1)
-    others = torch.arange(SIZE, len(VOCABULARY)).expand(len(rows), -1)  # tag, "="
-    return torch.cat([table, others], 1).gather(1, rows)
-
-
-def shuffle(rows, generator, both=False):
-    """The letters of the question in a random order; with `both`, the answer's as well."""
-    order = torch.rand(len(rows), LENGTH, generator=generator).argsort(1)
-    rows = rows.clone()
-    for start in (1, QUESTION) if both else (1,):
-        rows[:, start : start + LENGTH] = rows[:, start : start + LENGTH].gather(1, order)
-    return rows
-
-
-AUGMENTATIONS = {"as they are": None, "rename": rename, "shuffle": shuffle}
-
-
-def alone(task, n, seed, augment=None, start=None, steps=120, lr=5e-3):
-    """R-LoRA after training on n examples of one task, from an adapter or afresh."""
-    suite = Skewed({task: n}, seed=seed, augment=augment and {task: augment})
-    model = adapt("rlora", load_base("tiny"), suite, seed=seed)
-    if start is not None:
-        set_peft_model_state_dict(model, start)
-    train_skewed(model, suite, steps, lr, seed, batch=32)
-    return model.eval()
-
-
-def run(method: str, T: float, lr: float, seed: int, steps: int, test: bool) -> dict:
-    """Train and score one adapter."""
-    suite = Skewed(SIZES, T, seed=seed)
-    model = adapt(method, load_base("tiny"), suite, seed=seed)
+def skewed(run: Run, suite: Suite, folder: Path | None) -> dict:
+    """Train and score one adapter on tasks of unequal size."""
+    block = run.block
+    tasks = chapter.Skewed(block.sizes, float(block.temperature), seed=run.seed)
+    settings = block.settings.model_dump()
+    model = adapt(run.method, load_base(block.base), tasks, seed=run.seed, **settings)
     start = time.monotonic()
-    looks = train_skewed(model, suite, steps, lr, seed, every=steps // 5)
+    looks = chapter.train_skewed(
+        model,
+        tasks,
+        block.steps,
+        run.learning_rate,
+        run.seed,
+        block.batch,
+        every=max(1, block.steps // 5),
+    )
+    shown = [[step, {"letters": [round(v, 4) for v in s.values()]}] for step, s, _ in looks]
     record = {
-        "seed": seed,
-        "learning_rate": lr,
         "adapter_parameters": count_trainable(model)[0],
         "seconds": round(time.monotonic() - start, 1),
-        "looks": [[step, {t: round(v, 4) for t, v in scores.items()}] for step, scores, _ in looks],
+        "looks": shown,
     }
-    if test:
-        record["test"] = suite.score(model.eval(), "test")
-        step, _, adapter = best_look(looks)
-        set_peft_model_state_dict(model, adapter)
-        record |= {"stopped": step, "test_stopped": suite.score(model, "test")}
-    return record
-
-
-def earlier(out: Path, config: dict) -> list[dict]:
-    """The runs that are in the file of the result already."""
-    if not out.exists():
-        return []
-    try:
-        before = json.loads(out.read_text())
-        known, records = before["config"], before["records"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{out.name} is no result of this command: choose another --out") from error
-    if known != config:
-        raise LabError(f"{out.name} holds runs of another config: choose another --out")
-    return records
-
-
-def record_scarce(out: Path, seeds: int, steps: int, say: Callable = print) -> dict:
-    """Choose the rates, run both methods, and keep the result in `out` after every run."""
-    config = {
-        "base": "tiny",
-        "suite": "synthetic",
-        "steps": steps,
-        "batch": 48,
-        "sizes": SIZES,
-        "temperatures": list(TEMPERATURES),
-        "rates": list(RATES),
-        "sweep_seeds": list(SWEEP_SEEDS),
-        "sweep_temperature": "3",
+    if run.stage == "sweep":
+        return record | {"validation": shown[-1][1]}
+    record["test"] = by_metric(suite.score(model.eval(), "test"), suite)
+    step, _, adapter = chapter.best_look(looks)
+    set_peft_model_state_dict(model, adapter)
+    return record | {
+        "stopped": step,
+        "test_stopped": by_metric(suite.score(model, "test"), suite),
     }
-    options = {"seeds": (seeds, 6), "steps": (steps, 200)}
-    changed = [f"--{name} {value}" for name, (value, usual) in options.items() if value != usual]
-    names = [f"{method} T={T}" for T in TEMPERATURES for method in METHODS]
-    records = earlier(out, config)
-    result = {
-        "command": " ".join(["python -m rlora_lab.runs.scarce", *changed]),
-        **environment(),
-        "config": config,
-        "tasks": list(SIZES),
-        "metrics": list(Synthetic.metrics),
-        "methods": names,
-        "seeds": list(range(seeds)),
-        "chosen": {},
-        "complete": False,
-        "records": records,
-    }
-    write_result(out, result)  # from now on no other run may use the file
-
-    def once(make: Callable[[], dict], **head) -> dict:
-        for record in records:
-            if head.items() <= record.items():
-                return record
-        records.append(head | make())
-        write_result(out, result)
-        say(", ".join(map(str, head.values())))
-        return records[-1]
-
-    def trained(stage: str, method: str, T: str, lr: float, seed: int) -> dict:
-        def make() -> dict:
-            return run(method, TEMPERATURES[T], lr, seed, steps, stage == "test")
-
-        return once(make, stage=stage, method=f"{method} T={T}", learning_rate=lr, seed=seed)
-
-    for method in METHODS:
-        means = {
-            lr: np.mean(
-                [
-                    list(trained("sweep", method, "3", lr, seed)["looks"][-1][1].values())
-                    for seed in SWEEP_SEEDS
-                ]
-            )
-            for lr in RATES
-        }
-        for T in TEMPERATURES:
-            result["chosen"][f"{method} T={T}"] = max(means, key=means.get)
-    for seed in range(seeds):
-        for T in TEMPERATURES:
-            for method in METHODS:
-                trained("test", method, T, result["chosen"][f"{method} T={T}"], seed)
-    for head in tasks_alone():
-        once(functools.partial(run_alone, **head), **head)
-    result["complete"] = True
-    write_result(out, result)
-    return result
 
 
 @functools.cache
 def lender(task: str) -> dict:
-    """An adapter that learned a task from 5,000 examples."""
-    return get_peft_model_state_dict(alone(task, 5000, SWEEP_SEEDS[0]))
+    """An adapter that learned a task from many examples."""
+    return get_peft_model_state_dict(chapter.alone(task, LENT, LENDERS_SEED))
 
 
-def tasks_alone() -> list[dict]:
-    """The heads of the records of scarce tasks alone."""
-    ways = {("augment", *AUGMENTED): AUGMENTATIONS}
-    ways |= {("start", *task): (FRESH, *lenders) for task, lenders in STARTED.items()}
-    return [
-        {"stage": stage, "method": method, "task": task, "n": n, "seed": seed}
-        for (stage, task, n), methods in ways.items()
-        for seed in range(ALONE_SEEDS)
-        for method in methods
-    ]
-
-
-def run_alone(stage: str, method: str, task: str, n: int, seed: int) -> dict:
-    how = {"lr": 5e-3}
-    if stage == "augment":
-        how["augment"] = AUGMENTATIONS[method]
-    elif method != FRESH:
-        how["start"] = lender(method)
-    model = alone(task, n, seed, **how)
-    return {
-        "learning_rate": how["lr"],
-        "letters": right(model, Synthetic([task]), "test", 500)[task],
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m rlora_lab.runs.scarce", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=6, help="seeds of every method (6)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of a run (200)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/scarce-tiny.json"), help="the result"
+def alone(run: Run, suite: Suite, folder: Path | None) -> dict:
+    """Train R-LoRA on few examples of one task and score it."""
+    augment = start = None
+    if run.method not in (*AUGMENTATIONS, FRESH):
+        start = lender(run.method)
+    elif run.method in ("rename", "shuffle"):
+        augment = getattr(chapter, run.method)
+    began = time.monotonic()
+    model = chapter.alone(
+        run.block.tasks[0],
+        run.block.examples,
+        run.seed,
+        augment,
+        start,
+        run.block.steps,
+        run.learning_rate,
     )
-    options = parser.parse_args()
-    for name in ("seeds", "steps"):
-        if getattr(options, name) < (low := {"seeds": 2, "steps": 5}[name]):
-            parser.error(f"--{name} must be at least {low}, got {getattr(options, name)}")
-    torch.set_num_threads(1)
-    try:
-        record_scarce(options.out, options.seeds, options.steps)
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    seconds = round(time.monotonic() - began, 1)
+    return {"seconds": seconds, "test": by_metric(suite.score(model, "test"), suite)}

@@ -1,267 +1,79 @@
-"""`python -m rlora_lab.runs.study`: looks for R-LoRA's settings on the string tasks, and then asks
-on fresh seeds what was gained. Chapter 13 shows the record, and the functions of the search.
+"""What a run of a study is: one trial of the search for R-LoRA's settings, or a rung again.
 
-The search: Optuna's TPE with a median pruner, one training run a trial, each with its own seed.
-No trial trains more numbers than the defaults do. The retest climbs from the defaults to the best
-trial in three steps, every rung on the same fresh seeds, so that it can be said which step gained
-what. The best trial is run once more on its own seed, the runners-up on one of the fresh ones.
-
-Both parts go on where they were stopped: finished trials are in an SQLite file, finished runs of
-the retest in the JSON file of the result.
+The search is chapter 13's: Optuna's TPE with a median pruner, one training run a trial, each with
+its own seed, and no trial trains more numbers than the defaults do. It is kept in the records
+alone: each trial is asked for with all earlier ones put back into a study in memory.
 """
 
-import argparse
-import json
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import optuna
-import torch
-from optuna.trial import TrialState
-from peft import get_peft_model
-from transformers import set_seed
+from optuna.trial import FixedTrial, TrialState, create_trial
 
-from rlora_min import RLoraConfig
-
-from ..errors import LabError
-from ..models.bases import load_base
+from ..chapters import ch13_choosing_the_randomness as chapter
 from ..models.methods import count_trainable
-from ..tasks.strings import Synthetic
-from .record import environment, write_result
-from .training import train
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-MLP = ["gate_proj", "up_proj", "down_proj"]
-PLACEMENTS = {"attention": ATTENTION, "mlp": MLP, "both": ATTENTION + MLP}
-DEFAULTS = {
-    "placement": "mlp",
-    "num_heads": 3,
-    "r": 4,
-    "learning_rate": 4e-3,
-    "gamma": 64.0,
-    "dropout": 0.1,
-}
-# Sums of d_in and of d_out over the layers of a placement in `tiny`.
-WIDTHS = {"attention": (512, 512), "mlp": (640, 896), "both": (1152, 1408)}
+from ..tasks.suite import Suite
+from .plan import Run
+from .probes import by_metric
 
 
-def size(placement, N, r):
-    """Trained numbers: A, heads and router of every layer."""
-    d_in, d_out = WIDTHS[placement]
-    return r * d_in + N * r * d_out + N * d_in
+def measure(run: Run, suite: Suite, folder: Path | None) -> dict:
+    """A trial, or the run of settings that were found."""
+    return _trial(run) if run.stage == "search" else _again(run, suite)
 
 
-LARGEST = size("mlp", N=3, r=4)  # no trial may be larger than the defaults
+def _trial(run: Run) -> dict:
+    steps = run.block.steps
 
+    def objective(trial: optuna.Trial, seed: int) -> float:
+        return chapter.objective(trial, seed, steps, steps // 4)
 
-def suggest(trial):
-    """Settings for a trial; the rank stays within what the defaults train."""
-    placement = trial.suggest_categorical("placement", list(PLACEMENTS))
-    N = trial.suggest_int("num_heads", 2, 5)
-    highest = max(r for r in range(1, 11) if size(placement, N, r) <= LARGEST)
+    study = chapter.search(remembered(run.given["trials"]), run.seed + 1, objective)
+    trial = chapter.finished(study)[-1]
     return {
-        "placement": placement,
-        "num_heads": N,
-        "r": trial.suggest_int("r", 1, highest),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-3, 2e-2, log=True),
-        "gamma": trial.suggest_float("gamma", 8, 512, log=True),
-        "dropout": trial.suggest_float("dropout", 0.0, 0.5),
-        "placebo": trial.suggest_float("placebo", 0.0, 1.0),  # changes nothing
-    }
-
-
-def train_with(settings, seed, steps, look=None):
-    """An adapter on the ten tasks; `look(model, step)` is called after each step."""
-    set_seed(seed)
-    config = RLoraConfig(
-        r=settings["r"],
-        num_heads=settings["num_heads"],
-        gamma=settings["gamma"],
-        lora_dropout=settings["dropout"],
-        target_modules=PLACEMENTS[settings["placement"]],
-        init_seed=seed,
-    )
-    model = get_peft_model(load_base("tiny").model, config)
-    on_step = None if look is None else lambda step: look(model, step)
-    lr = settings["learning_rate"]
-    train(model, Synthetic(), steps=steps, lr=lr, seed=seed, on_step=on_step)
-    return model
-
-
-def letters(model):
-    """Letters right on validation data, a mean over the tasks."""
-    scores = Synthetic().score(model, "validation", size=100).values()
-    return float(np.mean([score["letters"] for score in scores]))
-
-
-def objective(trial, seed, steps, every):
-    """The value of a trial; a trial that lies behind is pruned on the way."""
-
-    def look(model, step):
-        if step % every == 0 and step < steps:
-            trial.report(letters(model), step)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
-    return letters(train_with(suggest(trial), seed, steps, look))
-
-
-def finished(study):
-    """The trials that have a result: run to their end, or pruned."""
-    return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
-
-
-def search(storage, trials, objective, startup=12):
-    """Bring a stored study up to so many finished trials; it may be stopped at any time."""
-    study = optuna.create_study(
-        study_name="rlora",
-        storage=storage,
-        direction="maximize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=startup // 2),
-        load_if_exists=True,
-    )
-    for left in study.get_trials(states=(TrialState.RUNNING,)):  # by a worker that was killed
-        study.tell(left.number, state=TrialState.FAIL)
-    while (done := len(finished(study))) < trials:
-        # A seed for each trial: a sampler seeded once would repeat its draws after a stop.
-        study.sampler = optuna.samplers.TPESampler(seed=done, n_startup_trials=startup)
-        study.optimize(lambda trial, seed=done: objective(trial, seed), n_trials=1)
-    return study
-
-
-def rungs(best: dict) -> dict[str, dict]:
-    """From the defaults to the best trial: the rate, then the shape, then the randomness."""
-    rate = DEFAULTS | {"learning_rate": best["learning_rate"]}
-    shape = rate | {name: best[name] for name in ("placement", "num_heads", "r")}
-    whole = shape | {name: best[name] for name in ("gamma", "dropout")}
-    return {"defaults": DEFAULTS, "and its rate": rate, "and its shape": shape, "best": whole}
-
-
-def trial_record(trial: optuna.trial.FrozenTrial, seed: int) -> dict:
-    return {
-        "stage": "search",
-        "method": "search",
-        "trial": trial.number,
-        "seed": seed,
+        "trial": run.seed,
         "state": trial.state.name.lower(),
         **trial.params,
-        "adapter_parameters": size(*(trial.params[k] for k in ("placement", "num_heads", "r"))),
+        "adapter_parameters": chapter.size(
+            *(trial.params[name] for name in ("placement", "num_heads", "r"))
+        ),
         "seconds": round(trial.duration.total_seconds(), 1),
-        "values": [[step, round(v, 4)] for step, v in trial.intermediate_values.items()],
+        "values": [[step, value] for step, value in trial.intermediate_values.items()],
         "value": trial.value if trial.state == TrialState.COMPLETE else None,
     }
 
 
-def run_record(stage: str, name: str, settings: dict, seed: int, steps: int) -> dict:
+def remembered(records: list[dict]) -> optuna.storages.InMemoryStorage:
+    """The recorded trials as Optuna holds them, for the search to go on from."""
+    storage = optuna.storages.InMemoryStorage()
+    study = chapter.search(storage, 0, objective=None)  # made, and nothing run
+    for record in sorted(records, key=lambda record: record["seed"]):
+        fixed = FixedTrial(record)
+        chapter.suggest(fixed)  # tells the ranges that it was drawn from
+        value = record["value"]
+        if value is None:  # Optuna's value of a trial that was given up is the last that it saw
+            value = record["values"][-1][1]
+        study.add_trial(
+            create_trial(
+                state=TrialState[record["state"].upper()],
+                value=value,
+                params=fixed.params,
+                distributions=fixed.distributions,
+                intermediate_values=dict(record["values"]),
+            )
+        )
+    return storage
+
+
+def _again(run: Run, suite: Suite) -> dict:
     start = time.monotonic()
-    model = train_with(settings, seed, steps)
+    model = chapter.train_with(run.given, run.seed, run.block.steps)
     seconds = time.monotonic() - start
     return {
-        "stage": stage,
-        "method": name,
-        "seed": seed,
-        "learning_rate": settings["learning_rate"],
+        "settings": run.given,
         "adapter_parameters": count_trainable(model)[0],
         "seconds": round(seconds, 1),
-        "value": letters(model),  # what the search saw of its trials
-        "test": Synthetic().score(model, "test"),
+        "value": chapter.letters(model),  # what the search saw of its trials
+        "test": by_metric(suite.score(model, "test"), suite),
     }
-
-
-def earlier(out: Path, config: dict) -> list[dict]:
-    """The runs that are in the file of the result already."""
-    if not out.exists():
-        return []
-    try:
-        before = json.loads(out.read_text())
-        if before["config"] != config:
-            raise LabError(f"{out.name} holds a study of another config: choose another --out")
-        return [record for record in before["records"] if record["stage"] != "search"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{out.name} is no result of this command: choose another --out") from error
-
-
-def record_study(out: Path, trials: int, steps: int, seeds: int, say: Callable = print) -> dict:
-    """Search, retest, and keep the result in `out` after every run."""
-    config = {
-        "base": "tiny",
-        "suite": "synthetic",
-        "trials": trials,
-        "steps": steps,
-        "every": steps // 4,
-        "batch": Synthetic.default_batch,
-        "lora_alpha": 32,
-        "defaults": DEFAULTS,
-        "largest": LARGEST,
-    }
-    options = {"trials": (trials, 40), "steps": (steps, 240), "seeds": (seeds, 8)}
-    changed = [f"--{name} {value}" for name, (value, usual) in options.items() if value != usual]
-    fresh = list(range(1000, 1000 + seeds))  # no seed of the search is among them
-    runs, made = earlier(out, config), environment()
-    made["versions"]["optuna"] = optuna.__version__
-    result = {
-        "command": " ".join(["python -m rlora_lab.runs.study", *changed]),
-        **made,
-        "config": config,
-        "tasks": list(Synthetic().tasks),
-        "metrics": list(Synthetic.metrics),
-        "seeds": fresh,
-        "complete": False,
-        "records": runs,
-    }
-    write_result(out, result)  # from now on no other study may use the file
-    study = search(
-        f"sqlite:///{out.with_suffix('.db')}",
-        trials,
-        lambda trial, seed: objective(trial, seed, steps, config["every"]),
-    )
-    searched = [trial_record(trial, seed) for seed, trial in enumerate(finished(study))]
-    ran = sorted(
-        (t for t in study.trials if t.state == TrialState.COMPLETE), key=lambda t: -t.value
-    )
-    ladder = rungs(ran[0].params)
-    result |= {
-        "methods": list(ladder),
-        "settings": ladder,
-        "best": {"trial": ran[0].number, "value": ran[0].value},
-        "chosen": {name: settings["learning_rate"] for name, settings in ladder.items()},
-    }
-    wanted = [("retest", name, settings, s) for s in fresh for name, settings in ladder.items()]
-    own_seed = next(r["seed"] for r in searched if r["trial"] == ran[0].number)
-    wanted.append(("again", "best", ladder["best"], own_seed))
-    wanted += [("runner-up", f"trial {t.number}", t.params, fresh[0]) for t in ran[1:5]]
-    known = {(run["method"], run["seed"]) for run in runs}
-    for stage, name, settings, seed in wanted:
-        if (name, seed) not in known:
-            runs.append(run_record(stage, name, settings, seed, steps))
-            say(f"{name}, seed {seed}: {runs[-1]['value']:.3f}")
-            write_result(out, result | {"records": searched + runs})
-    result |= {"complete": True, "records": searched + runs}
-    write_result(out, result)
-    return result
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m rlora_lab.runs.study", description=__doc__)
-    parser.add_argument("--trials", type=int, default=40, help="finished trials of the search (40)")
-    parser.add_argument("--steps", type=int, default=240, help="training steps of a run (240)")
-    parser.add_argument("--seeds", type=int, default=8, help="fresh seeds of the retest (8)")
-    parser.add_argument("--out", type=Path, default=Path("runs/study-tiny.json"), help="the result")
-    options = parser.parse_args()
-    for name in ("trials", "steps", "seeds"):
-        if getattr(options, name) < (low := {"trials": 5, "steps": 6, "seeds": 2}[name]):
-            parser.error(f"--{name} must be at least {low}, got {getattr(options, name)}")
-    torch.set_num_threads(1)
-    try:
-        record_study(options.out, options.trials, options.steps, options.seeds)
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

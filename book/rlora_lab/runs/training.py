@@ -3,43 +3,14 @@
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..models.bases import Base
-
-
-class Suite(Protocol):
-    """Tasks to train on and to measure: `tasks.Synthetic`, `sentences.Sentences`."""
-
-    name: str
-    tasks: tuple[str, ...]
-    metrics: tuple[str, ...]
-    """The first is the one to choose by."""
-    default_lr: float
-    default_batch: int
-    modules_to_save: list[str] | None
-    """Parts of the model beside the adapter that are trained, for PEFT."""
-    provenance: dict
-    """Where the data came from, for the record."""
-    collate: Callable | None
-
-    def model(self, base: Base) -> nn.Module:
-        """What the adapter goes into."""
-
-    def training_set(self, size: int, seed: int) -> Sequence[dict]:
-        """Training examples, tasks mixed."""
-
-    def probe(self, task: str, size: int) -> dict[str, torch.Tensor]:
-        """A batch of validation examples of a task, the same each time."""
-
-    def score(self, model: nn.Module, split: str) -> dict[str, dict[str, float]]:
-        """`{task: {metric: value}}` in evaluation mode."""
+from ..tasks.suite import Suite
 
 
 class _Report(TrainerCallback):

@@ -1,6 +1,6 @@
-"""Releases of an adapter, and a small HTTP server for them; chapter 16 builds both piece by piece.
+"""A small HTTP server for releases of an adapter; its parts are built in chapter 16.
 
-    python -m rlora_lab.serving.serve releases --port 8000
+    python -m rlora_lab serve releases --port 8000
 
 A release is a folder with the adapter's two files and `release.json`, which holds their hashes, a
 fingerprint of the base, and prompts with the answers to expect. The folder `releases` holds one
@@ -14,9 +14,6 @@ greedy. One worker runs requests that arrive close together as one padded batch.
 """
 
 import asyncio
-import hashlib
-import json
-import os
 import re
 import signal
 import sys
@@ -26,10 +23,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import torch
-import typer
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -39,46 +34,11 @@ from torch import nn
 
 import rlora_min  # noqa: F401  registers the tuner with PEFT
 
+from ..chapters.ch16_shipping import Batcher, choose, fingerprint, generate, load_release
 from ..errors import LabError
 from ..models.bases import load_base
 from ..tasks.strings import VOCABULARY, decode, encode
-
-FILES = "adapter_config.json", "adapter_model.safetensors"
-RELEASE = "release.json"
-CURRENT = "current.json"
-
-
-def replace_json(path: Path, content: dict) -> None:
-    """Write a file whole or not at all: who reads it meanwhile sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# Releases
-
-
-def fingerprint(base: nn.Module) -> str:
-    """SHA-256 of a base's names, shapes and numbers, these rounded to bf16: a base that was
-    saved in bf16 has one fingerprint, whether it is loaded in bf16 or in fp32."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        if tensor.is_floating_point():
-            tensor = tensor.to(torch.bfloat16)
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from .releases import FILES, RELEASE, read_current, replace_json, sha256
 
 
 def write_release(
@@ -104,102 +64,6 @@ def write_release(
     replace_json(folder / RELEASE, {"base": base, "files": files, "canary": canary})
 
 
-def check_release(folder: Path, base: str) -> list:
-    """The prompts and answers of a release, if all else is as it was sealed; nothing is loaded.
-
-    LabError: it is not; the message names the release, what is wrong, and what is allowed.
-    """
-    try:
-        release = json.loads((folder / RELEASE).read_text())
-        made_for = str(release["base"])
-        canary = [(str(asked), int(n), str(answer)) for asked, n, answer in release["canary"]]
-        sealed = {name: release["files"][name] for name in FILES}
-        found = {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
-        kind = json.loads((folder / FILES[0]).read_text())["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{folder.name} can't be read: {error!r}") from error
-    if strange := sorted(found.keys() - {*FILES, RELEASE, "README.md"}):
-        why = f"it holds {strange}, which no release has"
-    elif changed := [name for name in FILES if found.get(name) != sealed[name]]:
-        why = f"{changed} changed since it was sealed, or did not arrive whole"
-    elif kind != "RLORA":
-        why = f"its type is {kind!r}, and only RLORA is served"
-    elif made_for != base:
-        why = f"it was made for base {made_for[:12]}, and this is {base[:12]}"
-    else:
-        return canary
-    raise LabError(f"{folder.name} is refused: {why}.")
-
-
-def load_release(model: nn.Module, folder: Path, base: str, tokenizer: Any) -> PeftModel:
-    """Add a release, by its folder's name, to a frozen base or to a model that has others already.
-
-    LabError: it is refused, and the model is as it was.
-    """
-    canary, name = check_release(folder, base), folder.name
-    first = not isinstance(model, PeftModel)
-    before = None if first else model.active_adapter
-    try:
-        if first:
-            model = PeftModel.from_pretrained(model, folder, name)
-        else:
-            model.load_adapter(folder, name)
-    except (ValueError, KeyError) as error:  # rlora_min's and PEFT's, who left the model whole
-        raise LabError(f"{name} is refused: {error}") from error
-    try:
-        model.eval().set_adapter(name, inference_mode=True)
-        rows = [(tokenizer.encode(asked), most) for asked, most, _ in canary]
-        said = [tokenizer.decode(new) for new in generate(model, tokenizer, rows)]
-    except Exception as error:  # a prompt that can't be asked here
-        said = error
-    if not first:
-        model.set_adapter(before, inference_mode=True)
-    if said == [answer for _, _, answer in canary]:
-        return model
-    model.unload() if first else model.delete_adapter(name)
-    raise LabError(f"{name} is refused: where it was sealed, its prompts did not give {said}")
-
-
-# Who is served
-
-
-def place(request_id: str, salt: str) -> float:
-    """A number in [0, 1) that looks random, and is always the same for an id and a salt."""
-    digest = hashlib.sha256(f"{salt}:{request_id}".encode()).digest()
-    return int.from_bytes(digest[:6]) / 2**48
-
-
-def choose(request_id: str, current: dict) -> str:
-    """The adapter that answers: the candidate for its share of the ids, else the stable one."""
-    candidate = current["candidate"]
-    if candidate and place(request_id, candidate) < current["share"]:
-        return candidate
-    return current["stable"]
-
-
-def write_current(
-    folder: Path, stable: str, candidate: str | None = None, share: float = 0.0
-) -> None:
-    """Roll out, or back: one file, replaced whole."""
-    replace_json(folder / CURRENT, {"stable": stable, "candidate": candidate, "share": share})
-
-
-def read_current(folder: Path, adapters: Sequence[str]) -> dict:
-    """Who is served. LabError: no such file, or it names something that is not loaded."""
-    try:
-        current = json.loads((folder / CURRENT).read_text())
-        stable, candidate, share = (current[key] for key in ("stable", "candidate", "share"))
-        right = stable in adapters and candidate in [*adapters, None] and 0 <= share <= 1
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{CURRENT} can't be read: {error!r}") from error
-    if not right:
-        raise LabError(f"{CURRENT} says {current}; loaded are {[*adapters]}, a share is in [0, 1].")
-    return current
-
-
-# The model's side
-
-
 class Characters:
     """The characters of the tiny base, with the methods of transformers' tokenizers."""
 
@@ -213,82 +77,6 @@ class Characters:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return decode(ids)
-
-
-@torch.inference_mode()
-def generate(
-    model: nn.Module, tokenizer: Any, rows: Sequence[tuple[list[int], int]]
-) -> list[list[int]]:
-    """Greedy answers to (token ids, how many new ones at most), all in one call of the model.
-
-    Shorter rows are padded on the left, so that each answer starts right after its prompt.
-    """
-    pad, longest = tokenizer.pad_token_id, max(len(ids) for ids, _ in rows)
-    padded = [[pad] * (longest - len(ids)) + ids for ids, _ in rows]
-    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in rows]
-    device = next(model.parameters()).device
-    out = model.generate(
-        input_ids=torch.tensor(padded, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        max_new_tokens=max(most for _, most in rows),
-        do_sample=False,
-        pad_token_id=pad,
-    )
-    return [new[:most].tolist() for new, (_, most) in zip(out[:, longest:], rows, strict=True)]
-
-
-async def deliver(run: Callable, adapter: str, rows: list) -> None:
-    """Runs one batch and hands out its answers, or its error."""
-    try:
-        asked = [request for _, request, _ in rows]
-        answers = await asyncio.to_thread(run, adapter, asked)
-    except Exception as error:  # these requests fail, and the worker goes on
-        answers = [error] * len(rows)
-    for (_, _, future), answer in zip(rows, answers, strict=True):
-        if future.done():  # it was given up meanwhile
-            continue
-        if isinstance(answer, Exception):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
-
-
-class Batcher:
-    """Runs requests that wait together as one batch; a batch has one adapter.
-
-    Args:
-        run: called in a thread with an adapter and a list of requests; returns their answers.
-        window: seconds to wait for more requests after the first.
-        max_batch, max_queue: requests in one call of `run`, and requests that may wait.
-    """
-
-    def __init__(
-        self, run: Callable, window: float = 0.005, max_batch: int = 32, max_queue: int = 64
-    ) -> None:
-        self.run, self.window, self.max_batch = run, window, max_batch
-        self.queue = asyncio.Queue(max_queue)
-
-    async def ask(self, adapter: str, request: Any) -> Any:
-        """The answer to one request. asyncio.QueueFull: too many wait already."""
-        answer = asyncio.get_running_loop().create_future()
-        self.queue.put_nowait((adapter, request, answer))
-        return await answer
-
-    async def work(self) -> None:
-        """The one worker: runs until it is cancelled."""
-        while True:
-            batch = [await self.queue.get()]
-            if self.queue.qsize() + 1 < self.max_batch:
-                await asyncio.sleep(self.window)  # others may be on their way
-            while len(batch) < self.max_batch and not self.queue.empty():
-                batch.append(self.queue.get_nowait())
-            waiting = [row for row in batch if not row[2].done()]
-            for adapter in dict.fromkeys(row[0] for row in waiting):
-                rows = [row for row in waiting if row[0] == adapter]
-                await deliver(self.run, adapter, rows)
-
-
-# HTTP
 
 
 class Completion(BaseModel):
@@ -443,29 +231,23 @@ def create_app(
     return app
 
 
-def main(
-    folder: Annotated[Path, typer.Argument(help="a folder for each release, and current.json")],
-    base: Annotated[str, typer.Option(help="tiny, a folder, or a hub id")] = "tiny",
-    host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port; 0 takes a free one", min=0)] = 8000,
-    window_ms: Annotated[float, typer.Option(help="wait for more requests", min=0)] = 5,
-    max_batch: Annotated[int, typer.Option(help="requests in one batch", min=1)] = 32,
-    max_queue: Annotated[int, typer.Option(help="requests that may wait", min=1)] = 64,
-    max_prompt: Annotated[
-        int | None, typer.Option(help="tokens of a prompt", min=1, show_default="as in create_app")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="tokens of an answer", min=1, show_default="as in create_app")
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="seconds until a request is given up")] = 30,
-    threads: Annotated[int | None, typer.Option(help="CPU threads", min=1)] = None,
+def serve(
+    folder: Path,
+    base: str = "tiny",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    window_ms: float = 5,
+    max_batch: int = 32,
+    max_queue: int = 64,
+    max_prompt: int | None = None,
+    max_tokens: int | None = None,
+    timeout: float = 30,
 ) -> None:
     """Check and load every release of a folder, and serve them until SIGTERM or Ctrl-C.
 
-    Requests that were accepted are answered before it ends.
+    Requests that were accepted are answered before it ends. The options are those of
+    `python -m rlora_lab serve`.
     """
-    if threads:
-        torch.set_num_threads(threads)
     loaded = load_base(base)
     model: nn.Module = loaded.model.requires_grad_(False)
     tokenizer, own = loaded.tokenizer or Characters(), fingerprint(model)
@@ -489,11 +271,3 @@ def main(
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn ends with, once it is done
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=int(timeout) + 1)
-
-
-if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..errors import LabError
 from ..models.bases import Base
+from ..names import SUITES
 
 datasets.disable_progress_bars()
 
@@ -185,7 +186,7 @@ class Sentences:
 
     name = "sentences"
     metrics = ("accuracy",)
-    default_lr, default_batch = 1e-3, 36
+    default_lr, default_batch = SUITES["sentences"]
     modules_to_save = ["task_heads"]
 
     def __init__(self, base: Base, tasks: Iterable[str] | None = None) -> None:

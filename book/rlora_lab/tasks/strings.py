@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import LabError
 from ..models.bases import Base
+from ..names import SUITES
 
 LETTERS = "abcdefgh"
 SIZE = len(LETTERS)
@@ -123,7 +124,7 @@ class Synthetic:
 
     name = "synthetic"
     metrics = ("letters", "exact")
-    default_lr, default_batch = 4e-3, 64
+    default_lr, default_batch = SUITES["synthetic"]
     modules_to_save = None
     provenance: dict = {}  # all of it is computed here
     collate = None  # rows have one length: the Trainer's own collator stacks them

@@ -1,4 +1,4 @@
-"""The command `evidence`: its runs, its records, and that it goes on where it stopped."""
+"""The worker: what a run records, and that a plan goes on where it stopped."""
 
 import json
 import os
@@ -13,54 +13,25 @@ import pytest
 import torch
 from lab_helpers import plan_file
 from rich.console import Console
-from typer.testing import CliRunner
 
-from rlora_lab.__main__ import app, main
 from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
 from rlora_lab.models.methods import adapt
-from rlora_lab.report.results import load_evidence
-from rlora_lab.runs import evidence
-from rlora_lab.runs.evidence import do_run, routing_entropy, work
+from rlora_lab.report.loading import load_evidence
+from rlora_lab.runs import worker
 from rlora_lab.runs.plan import Run, load_plan
+from rlora_lab.runs.probes import routing_entropy
 from rlora_lab.runs.record import read_records
+from rlora_lab.runs.worker import do_run, work
 from rlora_lab.tasks.strings import SUITE_TASKS, Synthetic
 
 QUIET = Console(quiet=True)
 SMALL = {"tasks": ["rotate 2", "mirror"], "rates": [0.001, 0.002], "extend": 0}
 
 
-class Here:
-    """A pool whose workers are this process."""
-
-    def __init__(self, *args) -> None:
-        pass
-
-    def submit(self, function, *args):
-        from concurrent.futures import Future
-
-        future: Future = Future()
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **kwargs) -> None:
-        pass
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder to work in, with workers that tests can look into."""
-    monkeypatch.setattr(evidence, "ProcessPoolExecutor", Here)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_a_run_of_the_test(tmp_path: Path):
     block = load_plan(plan_file(tmp_path, a={"steps": 12}))["a"]
-    record = do_run(Run(block, "rlora", 0.004, 3, "test"))
+    record = do_run(Run(block, "test", "rlora", 0.004, 3))
     assert json.loads(json.dumps(record)) == record
     assert [record[k] for k in ("stage", "method", "learning_rate", "seed")] == [
         "test",
@@ -75,9 +46,9 @@ def test_a_run_of_the_test(tmp_path: Path):
     assert -1 <= record["similarity"]["heads"] < record["similarity"]["change"] <= 1
     assert len(record["entropy"]) == len(SUITE_TASKS) and 0 < max(record["entropy"]) <= 1
     # the same run again gives the same record, and nothing that was looked at changed it
-    again = do_run(Run(block, "rlora", 0.004, 3, "test"))
+    again = do_run(Run(block, "test", "rlora", 0.004, 3))
     assert again | {"seconds": 0} == record | {"seconds": 0}
-    swept = do_run(Run(block, "rlora", 0.004, 3, "sweep"))
+    swept = do_run(Run(block, "sweep", "rlora", 0.004, 3))
     assert swept["loss"] == record["loss"] and "test" not in swept
     assert not {"similarity", "entropy", "kept_bytes"} & set(swept)
 
@@ -93,8 +64,8 @@ def test_the_splits_are_what_they_are_called(tmp_path: Path, monkeypatch: pytest
         return original(self, model, split, 20)
 
     monkeypatch.setattr(Synthetic, "score", score)
-    do_run(Run(block, "lora", 0.001, 10, "sweep"))
-    do_run(Run(block, "lora", 0.001, 0, "test"))
+    do_run(Run(block, "sweep", "lora", 0.001, 10))
+    do_run(Run(block, "test", "lora", 0.001, 0))
     assert asked == ["validation", "test"]
 
 
@@ -102,6 +73,7 @@ def test_the_splits_are_what_they_are_called(tmp_path: Path, monkeypatch: pytest
     "method, heads, router",
     [
         ("lora", False, False),
+        ("lora-rank", False, False),
         ("one-head", False, False),
         ("mlora-nodropout", True, False),
         ("hydralora-own", True, True),
@@ -111,14 +83,15 @@ def test_what_methods_without_heads_or_router_record(
     method: str, heads: bool, router: bool, tmp_path: Path
 ):
     block = load_plan(plan_file(tmp_path, a=SMALL | {"methods": [method]}))["a"]
-    record = do_run(Run(block, method, 0.001, 0, "test"))
+    record = do_run(Run(block, "test", method, 0.001, 0))
     assert (record["similarity"] is not None, record["entropy"] is not None) == (heads, router)
+    json.dumps(record, allow_nan=False)
 
 
 def test_what_is_kept_for_the_backward(tmp_path: Path):
     block = load_plan(plan_file(tmp_path, a=SMALL | {"methods": ["hydralora", "hydralora-own"]}))
     shared, own = (
-        do_run(Run(block["a"], method, 0.001, 0, "test"))["kept_bytes"]
+        do_run(Run(block["a"], "test", method, 0.001, 0))["kept_bytes"]
         for method in ("hydralora", "hydralora-own")
     )
     # a masked copy of x for each head: N times 4 bytes a number, for 4 x 14 tokens and two blocks
@@ -136,7 +109,7 @@ def test_entropy_of_the_routing():
     assert max(routing_entropy(model, suite)) < 0.5
 
 
-def test_sentences(bert_folder: Path, sentences_folder: Path, here: Path):  # noqa: F811
+def test_sentences(bert_folder: Path, sentences_folder: Path, here: Path):
     text = {"base": str(bert_folder), "suite": "sentences", "tasks": ["time", "mood"]}
     blocks = {"a": text | {"rates": [0.001, 0.002], "extend": 0, "sweep_seeds": [10]}}
     plan = load_plan(plan_file(here, **blocks))
@@ -152,15 +125,15 @@ def test_sentences(bert_folder: Path, sentences_folder: Path, here: Path):  # no
     text = (here / "records" / "a.jsonl").read_text()
     for path in (sentences_folder, here, Path.home()):
         assert str(path) not in text
-    assert not list((here / "runs").rglob("checkpoint*"))  # none is left
+    assert not list((here / "runs").rglob("checkpoint-*"))  # none is left
 
 
 def test_a_grid_is_worked_off_in_pieces(here: Path, monkeypatch: pytest.MonkeyPatch):
-    later = SMALL | {"rates": None, "rates_from": "a"}
+    later = SMALL | {"rates": None, "rates_from": "a", "sweep_seeds": None}
     plan = load_plan(plan_file(here, a=SMALL, b=later))
     records = here / "records"
     done = []
-    original = evidence.do_run
+    original = worker.do_run
 
     def watched(run: Run, folder: Path | None = None) -> dict:
         assert folder is None
@@ -169,7 +142,7 @@ def test_a_grid_is_worked_off_in_pieces(here: Path, monkeypatch: pytest.MonkeyPa
             raise KeyboardInterrupt
         return original(run)
 
-    monkeypatch.setattr(evidence, "do_run", watched)
+    monkeypatch.setattr(worker, "do_run", watched)
     stop_after = 5
     with pytest.raises(KeyboardInterrupt):
         work(plan, records, QUIET, workers=1)
@@ -184,8 +157,8 @@ def test_a_grid_is_worked_off_in_pieces(here: Path, monkeypatch: pytest.MonkeyPa
     assert (records / "a.jsonl").read_text().startswith(before)
     runs = done[:4] + done[5:]
     assert len(set(runs)) == len(runs)  # none was done twice
-    # two methods: in each block two rates (three, around another block's) of two seeds, two tests
-    assert len(runs) == 2 * (2 * 2 + 2) + 2 * (3 * 2 + 2)
+    # two methods: two rates of two seeds and two tests, and two tests at the same rates
+    assert len(runs) == 2 * (2 * 2 + 2) + 2 * 2
     whole = len(done)
     assert work(plan, records, QUIET) and len(done) == whole
 
@@ -200,7 +173,7 @@ def test_a_grid_is_worked_off_in_pieces(here: Path, monkeypatch: pytest.MonkeyPa
 def test_a_killed_command_goes_on(tmp_path: Path):
     """A process of its own: runs that ended are kept, and what was killed runs again."""
     plan_file(tmp_path, a=SMALL | {"steps": 30, "seeds": [0], "sweep_seeds": [10]})
-    command = [sys.executable, "-m", "rlora_lab", "evidence", "--plan", "plan.toml"]
+    command = [sys.executable, "-m", "rlora_lab", "run", "evidence", "--plan", "plan.toml"]
     command += ["--records", "records", "--workers", "1"]
     options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}}
     process = subprocess.Popen(command, **options, start_new_session=True)
@@ -222,26 +195,5 @@ def test_a_killed_command_goes_on(tmp_path: Path):
     # a worker's record is what this process gets
     first = next(r for r in records if r["stage"] == "sweep")
     block = load_plan(tmp_path / "plan.toml")["a"]
-    again = do_run(Run(block, first["method"], first["learning_rate"], first["seed"], "sweep"))
+    again = do_run(Run(block, "sweep", first["method"], first["learning_rate"], first["seed"]))
     assert np.allclose(again["loss"], first["loss"], atol=2e-3)
-
-
-def test_on_the_screen(here: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    plan_file(here, a=SMALL)
-    arguments = ["rlora_lab", "evidence", "--plan", "plan.toml", "--records", "records"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--status"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 0
-    said = capsys.readouterr().out
-    assert "12" in said and "?" in said and "done." not in said and not (here / "records").exists()
-    monkeypatch.setattr(sys, "argv", [*arguments, "--only", "b"])
-    assert main() == 2
-    assert capsys.readouterr().err.startswith("error: no block 'b' in the plan: it has a")
-    for command, options in {
-        "evidence": "plan records only methods minutes workers status",
-        "report": "plan records out",
-    }.items():
-        said = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-        for option in options.split():
-            assert f"--{option} " in said
