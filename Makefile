@@ -15,7 +15,7 @@ book: $(STAMP)
 	$(BIN)/jupyter-book build . --all -n -W --keep-going
 
 # Two workers of one thread each, and no model hub: the results don't depend on either. The strict
-# build is one of the tests, and its pages are what some others look at (tests/test_book.py).
+# build is one of the tests, and its pages are what some others look at (tests/site/test_book.py).
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP)
@@ -40,7 +40,7 @@ OLDEST = $(shell grep -oE '"(peft|transformers)>=[0-9.]+"' pyproject.toml | tr -
 test-oldest test-newest: export OMP_NUM_THREADS = 1
 test-oldest test-newest: export HF_HUB_OFFLINE = 1
 define test-in
-	$(BIN)/python tests/environments.py $(1) torch pip
+	$(BIN)/python tests/site/environments.py $(1) torch pip
 	$(1)/bin/python -m pip install --quiet -e '.[lab,book,test]' $(2)
 	$(1)/bin/python -m pip list
 	$(1)/bin/python -m pytest -n 2 --dist loadgroup
@@ -57,7 +57,7 @@ test-newest: $(STAMP)
 test-colab: export OMP_NUM_THREADS = 1
 test-colab: export HF_HUB_OFFLINE = 1
 test-colab: $(STAMP)
-	$(BIN)/pytest -m "" -v -n 2 tests/test_colab.py
+	$(BIN)/pytest -m "" -v -n 2 tests/site/test_colab.py
 
 # Whether the addresses that the book names answer, which needs the network. `make test` looks at
 # the links within the book.

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "book"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "book"))
 import execute  # noqa: E402
 
 FILES = {

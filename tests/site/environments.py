@@ -2,7 +2,7 @@
 
 The environments share the large packages of this one instead of installing them:
 
-    python tests/environments.py .venv-oldest torch pip
+    python tests/site/environments.py .venv-oldest torch pip
 
 makes an environment that has nothing but the named packages and what they need. They are links into
 the environment that runs this; pip sees them as installed, leaves them alone, and installs beside
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def closure(names: list[str]) -> set[str]:

@@ -14,7 +14,7 @@ from rlora_lab.results import (
     relatedness,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from environments import copy_project, create
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 URL = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]

@@ -20,7 +20,7 @@ from environments import copy_project, create
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 URL = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
 WHEELS = Path(sys.prefix) / "wheels"
 CHAPTERS = {
