@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from notebooks import CHAPTERS
-from project import CONFIG, PAGES, PROJECT, ROOT, URL
+from project import CONFIG, PAGES, PINS, PROJECT, ROOT, URL
 from sphinxcontrib import katex
 
 # These load something into a page; an <a> only names where a reader may go.
@@ -36,14 +36,12 @@ def test_the_distribution_asks_for_torch_and_peft_without_upper_bounds():
 
 
 def test_the_constraints_are_exact_and_for_any_machine():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    assert pins["torch"] == "2.13.0"
-    assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())
+    assert PINS["torch"] == "2.13.0"
+    assert all(re.fullmatch(r"[\w.]+", version) for version in PINS.values())
     named = {re.match(r"[\w-]+", r)[0] for r in PROJECT["dependencies"]}
     for extra in PROJECT["optional-dependencies"].values():
         named |= {re.match(r"[\w-]+", requirement)[0] for requirement in extra}
-    assert named - {name.replace("_", "-").lower() for name in pins} == set()
+    assert named - {name.replace("_", "-").lower() for name in PINS} == set()
 
 
 class Page(html.parser.HTMLParser):

@@ -1,6 +1,5 @@
 """What stands around the code: packages that install, files that agree, claims that were run."""
 
-import copy
 import re
 import subprocess
 import sys
@@ -10,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from environments import copy_project, create
-from project import CONFIG, PROJECT, ROOT, URL
+from project import CONFIG, PINS, PROJECT, ROOT, URL
 
 EXTRAS = PROJECT["optional-dependencies"]
-PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
 MAKEFILE = (ROOT / "Makefile").read_text()
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 
@@ -46,7 +44,6 @@ def packages(source, tmp_path_factory) -> dict[str, Path]:
     return {"wheel": wheel, "sdist": archive}
 
 
-@pytest.mark.xdist_group("packages")
 def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(packages, source):
     held = {name for name in zipfile.ZipFile(packages["wheel"]).namelist() if "-info/" not in name}
     folders = {"rlora_min": source / "rlora_min", "rlora_lab": source / "book" / "rlora_lab"}
@@ -69,7 +66,6 @@ for module in (rlora_lab, rlora_min):
 """
 
 
-@pytest.mark.xdist_group("packages")
 def test_both_install_where_there_is_only_what_they_ask_for(packages, tmp_path):
     asked = map(named, [*PROJECT["dependencies"], *EXTRAS["lab"]])
     python = create(tmp_path / "environment", ["pip", "setuptools", *asked])
@@ -97,26 +93,11 @@ def test_both_install_where_there_is_only_what_they_ask_for(packages, tmp_path):
 # Files that agree
 
 
-def environment_faults(environment: dict, project: dict) -> list[str]:
-    """Where environment.yml and pyproject.toml differ."""
-    *packages, last = environment["dependencies"]
-    wanted = {
-        f"python{project['requires-python']}": packages[0],
-        "-c constraints.txt": last["pip"][0],
-        f"-e .[{','.join(project['optional-dependencies'])}]": last["pip"][1],
-    }
-    return [f"{theirs}, not {ours}" for ours, theirs in wanted.items() if ours != theirs]
-
-
 def test_the_conda_environment_is_that_of_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    assert environment_faults(environment, PROJECT) == []
-    other = copy.deepcopy(PROJECT)
-    other["optional-dependencies"]["more"] = []
-    assert environment_faults(environment, other) == [
-        "-e .[lab,book,test], not -e .[lab,book,test,more]"
-    ]
-    assert environment_faults(environment, PROJECT | {"requires-python": ">=3.12"})
+    python, *_, last = environment["dependencies"]
+    assert python == f"python{PROJECT['requires-python']}"
+    assert last["pip"] == ["-c constraints.txt", f"-e .[{','.join(EXTRAS)}]"]
 
 
 def test_make_installs_every_extra():
@@ -135,24 +116,21 @@ def test_the_version_and_authors_are_those_of_pyproject():
         assert CONFIG["author"] in (ROOT / licence).read_text()
 
 
-def changelog_faults(text: str) -> list[str]:
-    """What differs from the form of Keep a Changelog, and from the version in pyproject.toml."""
+def test_the_changelog_has_the_form_of_keep_a_changelog():
+    text = (ROOT / "CHANGELOG.md").read_text()
     heads = re.findall(r"^## (.*)$", text, re.M)
     dated = re.compile(r"\[(\d+\.\d+\.\d+)\] - (Unreleased|\d{4}-\d\d-\d\d)")
-    found = [f"## {head}" for head in heads if not dated.fullmatch(head)]
-    if not found and dated.match(heads[0]).group(1) != PROJECT["version"]:
-        found.append(f"{heads[0]} is not {PROJECT['version']}")
+    assert [head for head in heads if not dated.fullmatch(head)] == []
+    assert dated.match(heads[0])[1] == PROJECT["version"]
     kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
-    return found + [
-        f"### {kind}" for kind in re.findall(r"^### (.*)$", text, re.M) if kind not in kinds
-    ]
+    assert set(re.findall(r"^### (.*)$", text, re.M)) <= kinds
 
 
-def test_the_changelog_has_its_form():
-    text = (ROOT / "CHANGELOG.md").read_text()
-    assert changelog_faults(text) == []
-    for old, new in [("## [", "## v["), ("[0.1.0]", "[0.0.9]"), ("### Added", "### News")]:
-        assert changelog_faults(text.replace(old, new, 1))
+def test_no_other_address_of_the_repository_is_named():
+    others = re.compile(rf"https://github\.com/[\w.-]+/{re.escape(URL.rpartition('/')[2])}\b")
+    assert set(others.findall((ROOT / "README.md").read_text())) == {URL}
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("book/*.md"), *WORKFLOWS]:
+        assert set(others.findall(path.read_text())) <= {URL}, path.name
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
@@ -160,7 +138,7 @@ def test_links_and_commands_lead_somewhere(name):
     text = (ROOT / name).read_text()
     targets = re.findall(r"\]\((?!https?://)([^)#]+)", text)
     assert [target for target in targets if not (ROOT / target).exists()] == []
-    commands = re.findall(r"`make ([\w-]+)", text)
+    commands = re.findall(r"(?:`|^    )make ([\w-]+)", text, re.M)
     assert [c for c in commands if not re.search(rf"^{c}:", MAKEFILE, re.M)] == []
 
 
@@ -232,23 +210,11 @@ def test_the_readme_claims_what_was_run():
     assert f"and with {newest} (`make test`)" in said
 
 
-def unmarked(workflow: dict) -> list[str]:
-    """Jobs with another Python or torch than was run, that don't say so or that must pass."""
-    found = []
-    for name, job in workflow["jobs"].items():
-        matrix = job.get("strategy", {}).get("matrix", {})
-        tried = matrix.get("include", [{"python": p} for p in matrix.get("python", [])])
-        was_run = {"python": "3.11", "torch": PINS["torch"]}
-        if all(was_run | case == was_run for case in tried):
-            continue
-        if "not yet run" not in job.get("name", "") or not job.get("continue-on-error"):
-            found.append(name)
-    return found
-
-
 def test_what_was_not_run_is_marked():
-    workflows = {path.name: yaml.safe_load(path.read_text()) for path in WORKFLOWS}
-    assert {name for name, workflow in workflows.items() if unmarked(workflow)} == set()
-    workflows["tests.yml"]["jobs"]["test"]["strategy"]["matrix"]["python"].append("3.12")
-    del workflows["tests.yml"]["jobs"]["not-yet-run"]["continue-on-error"]
-    assert unmarked(workflows["tests.yml"]) == ["test", "not-yet-run"]
+    was_run = {"python": "3.11", "torch": PINS["torch"]}
+    for path in WORKFLOWS:
+        for name, job in yaml.safe_load(path.read_text())["jobs"].items():
+            matrix = job.get("strategy", {}).get("matrix", {})
+            tried = matrix.get("include", [{"python": p} for p in matrix.get("python", [])])
+            if any(was_run | case != was_run for case in tried):
+                assert "not yet run" in job["name"] and job["continue-on-error"], name
