@@ -25,7 +25,7 @@ book: $(STAMP) ## half a minute | 40 MB | builds the site into _build/html
 	$(BIN)/jupyter-book build . --all -n -W --keep-going
 
 # Two workers of one thread each, and no model hub: the results don't depend on either. The strict
-# build is one of the tests, and its pages are what some others look at (tests/site/test_book.py).
+# build is one of the tests (tests/site/test_book.py), and its pages are what some others look at.
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## 10 minutes | none | checks style, code, every notebook and the strict build
@@ -91,7 +91,7 @@ evidence: $(STAMP) ## 10 hours | 10 MB | runs what the plan lacks, then makes th
 # The same path in minutes, on a few made-up sentences, in a folder that is thrown away.
 evidence-quick: export HF_HUB_OFFLINE = 1
 evidence-quick: export RLORA_DATA = tests/fixtures/sentences
-evidence-quick: PLAN = --plan book/rlora_lab/results/evidence/plan-quick.toml
+evidence-quick: PLAN = --plan book/rlora_lab/plans/quick.toml
 evidence-quick: $(STAMP) ## some minutes | none | the same path on a few made-up sentences
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 		$(BIN)/python -m rlora_lab evidence $(PLAN) --records "$$folder/records" && \

@@ -1,6 +1,10 @@
-"""Run the chapters whose stored outputs are stale, and stamp them.
+"""Export what chapters share, run the chapters whose stored outputs are stale, and stamp them.
 
     python book/execute.py [--force] [chapter.ipynb ...]
+
+The cells of a chapter that are tagged `export` are written to `rlora_lab/chapters`, with those of
+the chapter's imports that they need, so that others run what a reader sees. They may use nothing
+that imports them.
 
 A chapter runs top to bottom in a fresh kernel, and its file is replaced only when every cell ran.
 The stamp, `rlora_book` in the notebook's metadata, records when and on what the outputs were made
@@ -8,7 +12,7 @@ and a hash of all that they depend on: the chapter's code cells (lines of %pip l
 from which address to install what is missing), the recorded results that it reads by
 `load_result("name")` or `load_evidence("name")`, the syntax trees (docstrings left out) of the
 modules of this project that it imports, followed through their own imports, and the lab's data
-files.
+files. Its own export is left out, since its cells are in it already.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import hashlib
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -31,10 +36,11 @@ from nbclient.exceptions import CellExecutionError
 BOOK = Path(__file__).resolve().parent
 PACKAGES = {"rlora_min": BOOK.parent / "rlora_min", "rlora_lab": BOOK / "rlora_lab"}
 STAMP = "rlora_book"
-# What chapters read recorded numbers by, and the files of a name below results/.
+EXPORT = "export"  # the tag
+# What chapters read recorded numbers by, and the lab's files of a name.
 READERS = {
-    "load_result": ["{}.json"],
-    "load_evidence": ["evidence/{}.jsonl", "evidence/plan.toml"],
+    "load_result": ["records/{}.json"],
+    "load_evidence": ["records/evidence/{}.jsonl", "plans/evidence.toml"],
 }
 # No part of a chapter's output: bars of files being read, and libraries' notes to themselves.
 QUIET = {
@@ -43,14 +49,81 @@ QUIET = {
 }
 
 
-def code_of(notebook: nbformat.NotebookNode) -> list[str]:
-    """The sources of the code cells, in order."""
-    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+HEADER = '''"""The cells of {name}.ipynb that others use.
+
+Written by `make execute` from the cells tagged `export`: change them there.
+"""
+'''
+
+
+def chapters() -> list[Path]:
+    """The notebooks of the book, in order."""
+    return sorted(BOOK.glob("[0-9][0-9]_*.ipynb"))
+
+
+def code_of(notebook: nbformat.NotebookNode, tag: str | None = None) -> list[str]:
+    """The sources of the code cells in order: of all, or of those with a tag."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if tag is not None:
+        code = [cell for cell in code if tag in cell.metadata.get("tags", [])]
+    return [cell.source for cell in code]
 
 
 def parse_cell(source: str) -> ast.Module:
     """The syntax tree of a cell; lines for the shell or for IPython (%, !) count as `pass`."""
     return ast.parse(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", source))
+
+
+def export_module(name: str) -> str:
+    """The module that the cells of chapter `name`, such as "01_low_rank", are exported to."""
+    return f"rlora_lab.chapters.ch{name}"
+
+
+def export_of(notebook: nbformat.NotebookNode, name: str) -> str | None:
+    """The text of a chapter's export; None if no cell is tagged.
+
+    Raises:
+        ValueError: a tagged cell uses what neither the set-up imports nor a tagged cell defines.
+    """
+    exported = code_of(notebook, EXPORT)
+    if not exported:
+        return None
+    set_up = parse_cell(code_of(notebook)[0]).body
+    imported = [ast.unparse(n) for n in set_up if isinstance(n, ast.Import | ast.ImportFrom)]
+    text = "\n".join([HEADER.format(name=name), *imported, "\n", "\n\n\n".join(exported), ""])
+    ruff = [sys.executable, "-m", "ruff"]
+    # F401 takes out the imports that only the rest of the chapter needs, F821 is an unknown name.
+    rules = ["--select", "F401,F821,I", "--fix", "--no-cache", "--quiet"]
+    checked = _piped([*ruff, "check", *rules, "--stdin-filename", f"{name}.py", "-"], text)
+    if checked.returncode:
+        raise ValueError(f"{name}: the cells tagged {EXPORT!r} can't stand alone\n{checked.stderr}")
+    return _piped([*ruff, "format", "--quiet", "-"], checked.stdout).stdout
+
+
+def _piped(command: list[str], text: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, input=text, capture_output=True, text=True, check=False, cwd=BOOK.parent
+    )
+
+
+def export(path: Path, packages: dict[str, Path] = PACKAGES) -> bool:
+    """Write a chapter's export; whether there was anything to change."""
+    text = export_of(nbformat.read(path, as_version=4), path.stem)
+    place = packages["rlora_lab"] / "chapters" / f"ch{path.stem}.py"
+    if text is None or place.is_file() and place.read_text("utf-8") == text:
+        return False
+    write_whole(place, text)
+    return True
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def canonical(node: object) -> str:
@@ -112,7 +185,7 @@ def modules_of(trees: list[ast.Module], packages: dict[str, Path]) -> dict[str, 
 
 
 def results_of(trees: list[ast.Module]) -> list[str]:
-    """The files, below results/, of the recorded results that the cells read.
+    """The files, below the lab, of the recorded results that the cells read.
 
     Raises:
         ValueError: one of the readers, whose first argument is no literal string.
@@ -128,16 +201,19 @@ def results_of(trees: list[ast.Module]) -> list[str]:
     return sorted(names)
 
 
-def notebook_hash(notebook: nbformat.NotebookNode, packages: dict[str, Path] = PACKAGES) -> str:
-    """The hash of all that the outputs of a chapter depend on."""
+def notebook_hash(
+    notebook: nbformat.NotebookNode, name: str, packages: dict[str, Path] = PACKAGES
+) -> str:
+    """The hash of all that the outputs of the chapter of this name depend on."""
     sources = code_of(notebook)
     trees = [parse_cell(source) for source in sources]
     modules = modules_of(trees, packages)
+    modules.pop(export_module(name), None)
     parts = [("cell", re.sub(r"(?m)^\s*%pip .*$", "", source).encode()) for source in sources]
     parts += [(name, canonical(tree).encode()) for name, tree in sorted(modules.items())]
     if "rlora_lab" in modules:
         lab = packages["rlora_lab"]
-        files = [lab / "results" / name for name in results_of(trees)]
+        files = [lab / name for name in results_of(trees)]
         files += sorted(path for path in (lab / "data").rglob("*") if path.is_file())
         parts += [(path.relative_to(lab).as_posix(), path.read_bytes()) for path in files]
     digest = hashlib.sha256()
@@ -149,7 +225,9 @@ def notebook_hash(notebook: nbformat.NotebookNode, packages: dict[str, Path] = P
 def is_stale(path: Path, packages: dict[str, Path] = PACKAGES) -> bool:
     """Whether the stamp of a chapter is missing or no longer true."""
     notebook = nbformat.read(path, as_version=4)
-    return notebook.metadata.get(STAMP, {}).get("hash") != notebook_hash(notebook, packages)
+    return notebook.metadata.get(STAMP, {}).get("hash") != notebook_hash(
+        notebook, path.stem, packages
+    )
 
 
 def execute(path: Path, packages: dict[str, Path] = PACKAGES) -> float:
@@ -159,7 +237,7 @@ def execute(path: Path, packages: dict[str, Path] = PACKAGES) -> float:
         nbclient.exceptions.CellExecutionError: a cell failed; the file is as it was.
     """
     notebook = nbformat.read(path, as_version=4)
-    stamp = {"hash": notebook_hash(notebook, packages)}
+    stamp = {"hash": notebook_hash(notebook, path.stem, packages)}
     start = time.monotonic()
     NotebookClient(
         notebook,
@@ -179,23 +257,21 @@ def execute(path: Path, packages: dict[str, Path] = PACKAGES) -> float:
     }
     notebook.metadata[STAMP] = stamp
     notebook.metadata["language_info"] = {"name": "python"}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        nbformat.write(notebook, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, nbformat.writes(notebook) + "\n")
     return seconds
 
 
 def main() -> int:
-    """Run what is stale, or all with --force; 1 if a chapter failed."""
+    """Export all, then run what is stale, or all with --force; 1 if a chapter failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("chapters", nargs="*", type=Path, help="notebooks; all, if none is given")
     parser.add_argument("--force", action="store_true", help="run also what is not stale")
     arguments = parser.parse_args()
+    for path in chapters():
+        if export(path):
+            print(f"{path.name}: exported")
     failed = False
-    for path in arguments.chapters or sorted(BOOK.glob("[0-9][0-9]_*.ipynb")):
+    for path in arguments.chapters or chapters():
         if not arguments.force and not is_stale(path):
             print(f"{path.name}: up to date")
             continue

@@ -1,24 +1,19 @@
-"""`python -m rlora_lab quality|evidence|report|speed|train-base`; each takes --help."""
+"""`python -m rlora_lab run|report|speed|train-base|serve`; each takes --help.
+
+Commands import what they need when they run: torch takes seconds, and `report` does without.
+"""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from .bases import TINY
 from .errors import LabError
-from .evidence import status_table, work
-from .methods import METHODS
-from .plan import PLAN, RECORDS, load_plan
-from .quality import DEFAULTS, SUITES, Quality
-from .sentences import Sentences
-from .speed import Speed, tables
-from .tables import table
-from .tasks import Synthetic
-from .train_base import train_base
+from .names import METHODS, SUITES
+from .runs.plan import PLAN, RECORDS, Block, Settings, load_plan, make_block
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,123 +21,86 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+run_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(run_app, name="run", help="Train and measure; each run that ends is kept.")
 
+Plan = Annotated[
+    Path, typer.Option(help="TOML file of the plan", show_default="the plan of this package")
+]
+Records = Annotated[
+    Path,
+    typer.Option(help="folder of the records", show_default="records/evidence of this package"),
+]
+Only = Annotated[str, typer.Option(help="blocks of the plan, with commas", show_default="all")]
+Methods = Annotated[str, typer.Option(help="methods of the plan, with commas", show_default="all")]
+Minutes = Annotated[
+    float, typer.Option(help="start no run that would end later", show_default="no end")
+]
+Workers = Annotated[int, typer.Option(help="processes, of one thread each", min=1)]
+Status = Annotated[bool, typer.Option("--status", help="only say what is done and missing")]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads", min=1, show_default="PyTorch's own choice")
 ]
 
 
-def _numbers(text: str | None) -> list[float] | None:
+def _of_suites(which: int) -> str:
+    return ", ".join(f"{values[which]} for {name}" for name, values in SUITES.items())
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _numbers(option: str, text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")] if text else None
+        return [float(part) for part in text.split(",")]
     except ValueError:
-        raise LabError(f"--lr must be one or several numbers, with commas, got {text!r}") from None
+        raise LabError(
+            f"{option} must be one or several numbers, with commas, got {text!r}"
+        ) from None
 
 
-@app.command()
-def quality(
-    base: Annotated[str, typer.Option(help="tiny, minilm, a folder, or a hub id")] = "tiny",
-    suite: Annotated[str, typer.Option(help=f"{' or '.join(SUITES)}")] = "synthetic",
-    methods: Annotated[
-        str, typer.Option(help=f"names out of {', '.join(METHODS)}, with commas")
-    ] = "lora,hydralora,mlora,rlora",
-    seeds: Annotated[int, typer.Option(help="how many seeds, counted from 0")] = 1,
-    steps: Annotated[int, typer.Option(help="training steps")] = 400,
-    lr: Annotated[
-        str | None,
-        typer.Option(
-            help="learning rate; with several, with commas, each method's is chosen on validation "
-            "data",
-            show_default=f"{Sentences.default_lr} for sentences, {Synthetic.default_lr} for "
-            "synthetic",
-        ),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            help="examples a step",
-            show_default=f"{Sentences.default_batch} for sentences, {Synthetic.default_batch} for "
-            "synthetic",
-        ),
-    ] = None,
-    r: Annotated[int, typer.Option(help="rank of A and of each head")] = DEFAULTS["r"],
-    num_heads: Annotated[int, typer.Option(help="heads N")] = DEFAULTS["num_heads"],
-    lora_alpha: Annotated[float, typer.Option(help="scale alpha / sqrt(r)")] = DEFAULTS[
-        "lora_alpha"
-    ],
-    lora_dropout: Annotated[float, typer.Option(help="dropout")] = DEFAULTS["lora_dropout"],
-    threads: Threads = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="JSON file of the result  [default: runs/quality-BASE-SUITE-STEPS.json]"),
-    ] = None,
-) -> None:
-    """Train methods of equal size on a suite's mixed tasks and measure them on its test data.
+def _set_threads(threads: int | None) -> None:
+    import torch
 
-    Adapters sit on the MLP projections. R-LoRA's size at --r and --num-heads is the measure; LoRA
-    and M-LoRA take the ranks that come closest to it. The suite synthetic needs the base tiny.
-
-
-    The suite sentences reads the hub, or the folder in the environment variable RLORA_DATA.
-    A run that was stopped goes on where it stopped when it is started again.
-    """
     if threads:
         torch.set_num_threads(threads)
+
+
+def _work(
+    plan: dict[str, Block],
+    records: Path,
+    *,
+    only: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    minutes: float,
+    workers: int,
+    show: bool = False,
+) -> None:
+    """Do what is missing of the blocks asked for, all if none is named, and say what is left."""
+    from .runs.worker import status_table, work
+
     console = Console()
-    run = Quality(
-        base,
-        suite,
-        [name for name in methods.split(",") if name],
-        seeds=seeds,
-        steps=steps,
-        lrs=_numbers(lr),
-        batch=batch,
-        settings={
-            "r": r,
-            "num_heads": num_heads,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-        },
-        out=out,
-    )
-    for key in ("data", "data_notes"):
-        if run.result["config"].get(key):
-            console.print(f"{key}: {run.result['config'][key]}")
-    result = run.run(console)
-    console.print(table(result))
-    if seeds == 1:
-        console.print("One seed says nothing about which method is better: see --seeds.")
-    console.print(f"{result['machine']}, {result['date']}; kept in {run.out}")
+    asked = {"only": only, "methods": methods}
+    if show:
+        console.print(status_table(plan, records, only))
+        return
+    done = work(plan, records, console, minutes=minutes, workers=workers, **asked)
+    console.print(status_table(plan, records, only))
+    console.print("All that was asked for is done." if done else "There is more to do.")
 
 
-Plan = Annotated[
-    Path, typer.Option(help="TOML file of the grid", show_default="the plan of this package")
-]
-Records = Annotated[
-    Path,
-    typer.Option(help="folder of the records", show_default="results/evidence of this package"),
-]
-
-
-@app.command()
+@run_app.command()
 def evidence(
     plan: Plan = PLAN,
     records: Records = RECORDS,
-    only: Annotated[
-        str, typer.Option(help="blocks of the plan, with commas", show_default="all")
-    ] = "",
-    methods: Annotated[
-        str, typer.Option(help="methods of the plan, with commas", show_default="all")
-    ] = "",
-    minutes: Annotated[
-        float, typer.Option(help="start no run that would end later", show_default="no end")
-    ] = float("inf"),
-    workers: Annotated[int, typer.Option(help="processes, of one thread each", min=1)] = 2,
-    show: Annotated[
-        bool, typer.Option("--status", help="only say what is done and what is missing")
-    ] = False,
+    only: Only = "",
+    methods: Methods = "",
+    minutes: Minutes = float("inf"),
+    workers: Workers = 2,
+    show: Status = False,
 ) -> None:
-    """Run what is missing of a plan of runs, and add each that ends to the records.
+    """Run what is missing of a plan, and add each run that ends to the records.
 
     It can be stopped at any time, and started again. Several machines may share a plan: give each
     its own --only or --methods, and merge their records with git.
@@ -151,21 +109,160 @@ def evidence(
     Blocks of the suite sentences read the hub, or the folder in the environment variable
     RLORA_DATA.
     """
-    console, blocks = Console(), load_plan(plan)
-    done = None
-    if not show:
-        done = work(
-            blocks,
-            records,
-            console,
-            only=[name for name in only.split(",") if name],
-            methods=[name for name in methods.split(",") if name],
-            minutes=minutes,
-            workers=workers,
-        )
-    console.print(status_table(blocks, records))
-    if done is not None:
-        console.print("All that was asked for is done." if done else "There is more to do.")
+    asked = {"only": _names(only), "methods": _names(methods)}
+    options = {"minutes": minutes, "workers": workers, "show": show}
+    _work(load_plan(plan), records, **asked, **options)
+
+
+@run_app.command()
+def quality(
+    base: Annotated[str, typer.Option(help="tiny, minilm, a folder, or a hub id")] = "tiny",
+    suite: Annotated[str, typer.Option(help=f"{' or '.join(SUITES)}")] = "synthetic",
+    methods: Annotated[
+        str, typer.Option(help=f"names out of {', '.join(METHODS)}, with commas")
+    ] = "lora,hydralora,mlora,rlora",
+    seeds: Annotated[int, typer.Option(help="seeds on test data, counted from 0", min=1)] = 1,
+    sweep_seeds: Annotated[
+        int, typer.Option(help="seeds of the choice of a rate, counted from 1000", min=1)
+    ] = 3,
+    steps: Annotated[int, typer.Option(help="training steps")] = 400,
+    lr: Annotated[
+        str,
+        typer.Option(
+            help="learning rate; with several, with commas, each method's is chosen on validation "
+            "data",
+            show_default=_of_suites(0),
+        ),
+    ] = "",
+    batch: Annotated[
+        int | None,
+        typer.Option(help="examples a step", show_default=_of_suites(1), min=1),
+    ] = None,
+    r: Annotated[int, typer.Option(help="rank of A and of each head")] = Settings().r,
+    num_heads: Annotated[int, typer.Option(help="heads N")] = Settings().num_heads,
+    lora_alpha: Annotated[
+        float, typer.Option(help="scale alpha / sqrt(r)")
+    ] = Settings().lora_alpha,
+    lora_dropout: Annotated[float, typer.Option(help="dropout")] = Settings().lora_dropout,
+    workers: Workers = 1,
+    minutes: Minutes = float("inf"),
+    records: Annotated[Path, typer.Option(help="folder of the records")] = Path("runs"),
+) -> None:
+    """Compare methods of equal size on a suite's mixed tasks: a block of a plan, by options.
+
+    Adapters sit on the MLP projections. R-LoRA's size at --r and --num-heads is the measure; LoRA
+    and M-LoRA take the ranks that come closest to it. The suite synthetic needs the base tiny.
+
+
+    The suite sentences reads the hub, or the folder in the environment variable RLORA_DATA.
+    A run that was stopped goes on where it stopped when it is started again.
+    """
+    default_lr, default_batch = SUITES.get(suite, (1.0, 1))  # an unknown suite is refused below
+    rates = sorted(_numbers("--lr", lr)) if lr else [default_lr]
+    name = f"quality-{Path(base).name}-{suite}-{steps}"
+    values = {
+        "why": "asked for by options",
+        "base": base,
+        "suite": suite,
+        "methods": _names(methods),
+        "steps": steps,
+        "batch": batch or default_batch,
+        "rates": rates,
+        "extend": 0,
+        "sweep_seeds": range(1000, 1000 + sweep_seeds) if len(rates) > 1 else [],
+        "seeds": range(seeds),
+        "settings": {
+            "r": r,
+            "num_heads": num_heads,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+        },
+    }
+    plan = {name: make_block(name, values, "")}
+    _work(plan, records, minutes=minutes, workers=workers)
+    _say_scores(plan, name, records)
+
+
+def _say_scores(plan: dict[str, Block], name: str, records: Path) -> None:
+    """The tables of a block that was compared."""
+    from .report.loading import read_block
+    from .report.questions import differences, family
+    from .report.tables import contrast_table, scores_table, tasks_table, text
+
+    result = read_block(plan, name, records)
+    print(text(scores_table(result), width=100), end="\n\n")
+    print(text(tasks_table(result), width=100), end="\n\n")
+    first, *others = result["methods"]
+    if len(result["seeds"]) == 1:
+        print("One seed says nothing about which method is better: see --seeds.")
+    elif others:
+        less = {f"{m} less {first}": differences(result, m, first) for m in others}
+        print(text(contrast_table(family(less)), width=100), end="\n\n")
+    print(f"{result['machine']}, {result['date']}; kept in {records / f'{name}.jsonl'}")
+
+
+def _changed(plan: dict[str, Block], names: list[str], **changes: object) -> dict[str, Block]:
+    """The plan with some fields of some blocks changed, those that are not None."""
+    asked = {key: value for key, value in changes.items() if value is not None}
+    new = {
+        name: make_block(name, plan[name].model_dump(exclude={"name"}) | asked, "")
+        for name in names
+    }
+    return plan | new
+
+
+@run_app.command()
+def study(
+    trials: Annotated[
+        int | None, typer.Option(help="trials of the search", show_default="as in the plan")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="training steps of a run", show_default="as in the plan")
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="fresh seeds, counted from 1000", min=2, show_default="as in the plan"),
+    ] = None,
+    records: Records = RECORDS,
+    minutes: Minutes = float("inf"),
+    workers: Workers = 2,
+    show: Status = False,
+) -> None:
+    """Chapter 13: look for R-LoRA's settings, then ask on fresh seeds what was gained.
+
+    Another number of trials or steps than the plan's needs another folder of --records.
+    """
+    fresh = range(1000, 1000 + seeds) if seeds else None
+    plan = _changed(load_plan(), ["study"], trials=trials, steps=steps, seeds=fresh)
+    options = {"minutes": minutes, "workers": workers, "show": show}
+    _work(plan, records, only=["study"], **options)
+
+
+@run_app.command()
+def scarce(
+    steps: Annotated[
+        int | None,
+        typer.Option(help="training steps of a run", min=5, show_default="as in the plan"),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="seeds, counted from 0", min=2, show_default="as in the plan"),
+    ] = None,
+    records: Records = RECORDS,
+    minutes: Minutes = float("inf"),
+    workers: Workers = 2,
+    show: Status = False,
+) -> None:
+    """Chapter 14: LoRA and R-LoRA on tasks with few examples.
+
+    Another number of steps than the plan's needs another folder of --records.
+    """
+    plan = load_plan()
+    skewed = [name for name, block in plan.items() if block.kind == "skewed"]
+    alone = [name for name, block in plan.items() if block.kind == "alone"]
+    plan = _changed(plan, skewed, steps=steps, seeds=range(seeds) if seeds else None)
+    options = {"minutes": minutes, "workers": workers, "show": show}
+    _work(plan, records, only=skewed + alone, **options)
 
 
 @app.command()
@@ -175,7 +272,7 @@ def report(
     out: Annotated[Path, typer.Option(help="folder for tables and pictures")] = Path("runs/report"),
 ) -> None:
     """Make the tables and pictures of chapters 08 and 10 from the records."""
-    from .report import write_report  # pandas and matplotlib are for this command alone
+    from .report.write import write_report
 
     print(write_report(out, plan, records))
     print(f"Written to {out}: report.md, tables as CSV, pictures as PNG and SVG.")
@@ -203,16 +300,18 @@ def speed(
 
     A run that was stopped goes on with the case that it stopped in when it is started again.
     """
-    if threads:
-        torch.set_num_threads(threads)
+    from .speed.bars import tables
+    from .speed.bench import Speed
+
+    _set_threads(threads)
     console = Console(width=None if sys.stdout.isatty() else 100)
-    run = Speed(device, quick=quick, out=out)
-    result = run.run(console)
+    measured = Speed(device, quick=quick, out=out)
+    result = measured.run(console)
     for each in tables(result):
         console.print(each)
     if quick:
         console.print("A quick look, from few steps: leave --quick out for a measurement.")
-    console.print(f"{result['machine']}, {result['date']}; kept in {run.out}")
+    console.print(f"{result['machine']}, {result['date']}; kept in {measured.out}")
 
 
 @app.command(name="train-base")
@@ -225,8 +324,10 @@ def train_base_command(
     ] = None,
 ) -> None:
     """Train the tiny base on its string tasks (about a minute on one core) and keep it."""
-    if threads:
-        torch.set_num_threads(threads)
+    from .models.bases import TINY
+    from .models.train_base import train_base
+
+    _set_threads(threads)
     command = f"python -m rlora_lab train-base --seed {seed} --steps {steps}"
     record = train_base(out or TINY, seed=seed, steps=steps, command=command)
     for task, score in record["test"].items():
@@ -235,6 +336,7 @@ def train_base_command(
 
 
 def main() -> int:
+    """The commands; what can't be done is said in a line, with exit code 2."""
     try:
         app(prog_name="python -m rlora_lab", standalone_mode=True)
     except LabError as error:

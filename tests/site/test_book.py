@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import pytest
-from notebooks import CHAPTERS
+from chapter_code import CHAPTERS
 from project import CONFIG, PAGES, PINS, PROJECT, ROOT, URL
 from sphinxcontrib import katex
 

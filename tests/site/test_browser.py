@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from notebooks import CHAPTERS, read
+from chapter_code import CHAPTERS, read
 from peft import get_peft_model
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from project import PAGES, URL

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from chapter_code import CHAPTERS, read
 from environments import copy_project, create
 from nbclient import NotebookClient
-from notebooks import CHAPTERS, read
 from project import URL
 
 WHEELS = Path(sys.prefix) / "wheels"

@@ -4,14 +4,9 @@ import re
 
 from project import ROOT
 
-from rlora_lab.bases import load_base
-from rlora_lab.report import advise
-from rlora_lab.results import (
-    against_rlora,
-    chosen_records,
-    load_evidence,
-    relatedness,
-)
+from rlora_lab.models.bases import load_base
+from rlora_lab.report.loading import chosen_records, load_evidence
+from rlora_lab.report.questions import advise, against_rlora, relatedness
 
 README = (ROOT / "README.md").read_text()
 

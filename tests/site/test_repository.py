@@ -58,9 +58,9 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(packages,
 USE = """
 import sys
 import rlora_lab, rlora_min
-from rlora_lab.bases import load_base
-from rlora_lab.results import load_result
-load_base("tiny"), load_result("quality-minilm-sentences-200", say=False)
+from rlora_lab.models.bases import load_base
+from rlora_lab.report.loading import load_evidence, load_result
+load_base("tiny"), load_evidence("synthetic", say=False), load_result("speed-cpu", say=False)
 for module in (rlora_lab, rlora_min):
     assert module.__file__.startswith(sys.prefix), module.__file__
 """

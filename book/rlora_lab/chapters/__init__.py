@@ -1,0 +1,1 @@
+"""Code exported from chapters."""

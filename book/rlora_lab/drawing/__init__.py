@@ -1,0 +1,1 @@
+"""The book's style and its diagram of the layer."""

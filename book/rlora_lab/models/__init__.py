@@ -1,0 +1,1 @@
+"""Bases, methods and how they are put on: what is trained."""

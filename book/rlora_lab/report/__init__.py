@@ -1,0 +1,1 @@
+"""Recorded results: reading them, tables, pictures."""

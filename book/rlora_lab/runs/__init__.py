@@ -1,0 +1,1 @@
+"""Training, plans, and the runs that are recorded."""

@@ -1,0 +1,414 @@
+"""Plans: which runs there are to be, and which of them can be done next.
+
+A plan is a TOML file. `[settings]` holds the adapters' r, num_heads, lora_alpha, lora_dropout, and
+each other table is a block of runs that belong together: one base, one suite of tasks, several
+methods. The fields are those of `Block`; its `kind` says what one run of it does:
+
+    compare     trains a method on the suite's mixed tasks (`rlora_lab.runs.worker`)
+    skewed      the same with few examples of some tasks, chapter 14 (`rlora_lab.runs.scarce`)
+    alone       learns one task from few examples, in several ways, chapter 14
+    study       searches for settings of R-LoRA, chapter 13 (`rlora_lab.runs.study`)
+
+How a method's learning rate is chosen: each rate has the mean validation score over sweep seeds and
+tasks, and the best is taken. If it is at an end, the next rate beyond is run, and so on, as often
+as `extend` allows. The sweep's seeds are never measured on test data.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from ..errors import LabError
+from ..names import AUGMENTATIONS, METHODS, SUITES
+from .record import read_records
+
+LAB = Path(str(files("rlora_lab")))
+RECORDS = LAB / "records" / "evidence"
+PLAN = LAB / "plans" / "evidence.toml"
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """What the adapters of a plan have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    r: Count = 4
+    num_heads: Count = 3
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
+class Block(BaseModel):
+    """One table of a plan, of the kind "compare"; the other kinds add to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: Literal["compare"] = "compare"
+    why: str
+    """What the block asks."""
+    base: str = "tiny"
+    suite: str = "synthetic"
+    tasks: tuple[str, ...] | None = None
+    """Some of the suite's tasks; None: all."""
+    methods: tuple[str, ...] = Field(min_length=1)
+    steps: Count
+    batch: Count
+    rates: tuple[Rate, ...] = ()
+    """To choose from, rising; a single one is taken as it is."""
+    rates_from: str | None = None
+    """An earlier block, whose choice for the method is taken as it is."""
+    chosen: dict[str, Rate] = {}
+    """Rates by method, taken as they are: where they were chosen before, by another rule."""
+    sweep_seeds: tuple[int, ...] = ()
+    """Seeds of the choice, scored on validation data only."""
+    seeds: tuple[int, ...] = Field(min_length=1)
+    """Seeds of the evaluation, scored on test data only: none of sweep_seeds."""
+    extend: Annotated[int, Field(ge=0)] = 4
+    """How many rates a sweep may be extended by, for each method."""
+    settings: Settings = Settings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Block":
+        for name in ("methods", "seeds", "sweep_seeds", "rates"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must hold each once, got {list(values)}")
+        _refuse_unknown("suite", [self.suite], SUITES)
+        self._check_methods()
+        self._check_rates()
+        return self
+
+    def _check_methods(self) -> None:
+        _refuse_unknown("method", self.methods, METHODS)
+
+    def _check_rates(self) -> None:
+        if [bool(self.rates), bool(self.rates_from), bool(self.chosen)].count(True) != 1:
+            raise ValueError("give one of rates, rates_from and chosen")
+        if self.chosen:
+            if self.chosen.keys() != set(self.methods):
+                raise ValueError(f"chosen must have a rate for each of {', '.join(self.methods)}")
+            return
+        both = set(self.seeds) & set(self.sweep_seeds)
+        if both:
+            raise ValueError(f"seeds {sorted(both)} stand in seeds and in sweep_seeds")
+        if bool(self.sweep_seeds) != (len(self.rates) > 1):
+            raise ValueError("sweep_seeds are needed with two rates or more, and only there")
+        if list(self.rates) != sorted(self.rates):
+            raise ValueError(f"rates must rise, got {list(self.rates)}")
+        if self.extend and self.sweep_seeds:
+            ratios = np.divide(self.rates[1:], self.rates[:-1])
+            if ratios.min() < 0.95 * ratios.max():
+                raise ValueError(
+                    f"rates must rise by one ratio, unless extend is 0, got {list(self.rates)}"
+                )
+
+    @property
+    def base_name(self) -> str:
+        """The base as records name it: a folder without the folders above it."""
+        return Path(self.base).name if Path(self.base).is_dir() else self.base
+
+    def shared(self) -> dict:
+        """What all records of the block must have in common to belong to it."""
+        own = self.model_dump(
+            mode="json", include=set(type(self).model_fields) - set(Block.model_fields)
+        )
+        if self.tasks:
+            own["tasks"] = list(self.tasks)
+        if self.kind in ("compare", "skewed"):  # the others have their chapters' own
+            own |= self.settings.model_dump()
+        return {
+            "kind": self.kind,
+            "base": self.base_name,
+            "suite": self.suite,
+            "steps": self.steps,
+            "batch": self.batch,
+            **own,
+        }
+
+
+def _refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"unknown {what} {unknown[0]!r}: allowed are {', '.join(known)}")
+
+
+class Skewed(Block):
+    """Tasks with `sizes` training examples each, drawn at a temperature."""
+
+    kind: Literal["skewed"]
+    sizes: dict[str, Count]
+    temperature: Literal["1", "3", "inf"]
+
+
+class Alone(Block):
+    """One task, learned from so many examples; methods are ways to make more of them."""
+
+    kind: Literal["alone"]
+    tasks: tuple[str]
+    batch: Literal[32]
+    examples: Count
+
+    def _check_methods(self) -> None:
+        """Augmentations, or the adapters that it starts from: those of `FRESH`, or of a task."""
+        augmented = set(self.methods) & set(AUGMENTATIONS)
+        if augmented:
+            _refuse_unknown("method", self.methods, AUGMENTATIONS)
+
+
+RUNGS = ("defaults", "and its rate", "and its shape", "best")
+
+
+class Shape(BaseModel):
+    """Settings of R-LoRA that a study searches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    placement: Literal["attention", "mlp", "both"]
+    num_heads: Count
+    r: Count
+    learning_rate: Rate
+    gamma: Rate
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+
+
+class Study(Block):
+    """A search of `trials` trials, then every rung from the defaults to the best on `seeds`."""
+
+    kind: Literal["study"]
+    methods: tuple[str, ...] = RUNGS
+    trials: Annotated[int, Field(ge=5)]
+    defaults: Shape
+
+    def _check_methods(self) -> None:
+        _refuse_unknown("rung", self.methods, RUNGS)
+
+    def _check_rates(self) -> None:
+        """The search finds them."""
+
+    def rungs(self, best: dict) -> dict[str, dict]:
+        """From the defaults to the best trial: the rate, then the shape, then the randomness."""
+        defaults = self.defaults.model_dump()
+        rate = defaults | {"learning_rate": best["learning_rate"]}
+        shape = rate | {name: best[name] for name in ("placement", "num_heads", "r")}
+        whole = shape | {name: best[name] for name in ("gamma", "dropout")}
+        return dict(zip(RUNGS, (defaults, rate, shape, whole), strict=True))
+
+
+_Block = TypeAdapter(Annotated[Block | Skewed | Alone | Study, Field(discriminator="kind")])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One adapter to train, or one trial of a search."""
+
+    block: Block
+    stage: str
+    """"sweep" or "test"; in a study also "search", "again" or "runner-up"."""
+    method: str
+    learning_rate: float | None
+    """None: the run finds its own."""
+    seed: int
+    given: dict = field(default_factory=dict, compare=False)
+    """What a study found before: settings, or the records of the trials."""
+
+    @property
+    def key(self) -> tuple:
+        """What tells it from the other runs of the plan."""
+        return self.block.name, self.stage, self.method, self.learning_rate, self.seed
+
+
+def make_block(name: str, values: dict, where: str) -> Block:
+    """A block from the values of its table.
+
+    Raises:
+        LabError: what is wrong with which of them, after the words of `where`.
+    """
+    try:
+        return _Block.validate_python({"kind": "compare", **values, "name": name})
+    except ValidationError as error:
+        raise LabError(where + _words(error, skip=1)) from error  # 1: the kind
+
+
+def _words(error: ValidationError, skip: int = 0) -> str:
+    """What pydantic found, each with the path of the value in question."""
+    found = []
+    for one in error.errors():
+        path = ".".join(str(part) for part in one["loc"][skip:])
+        message = one["msg"].removeprefix("Value error, ")
+        if path and one["type"] != "missing":
+            message += f", got {one['input']!r}"
+        found.append(f"{path}: {message}" if path else message)
+    return "; ".join(found)
+
+
+def load_plan(path: Path = PLAN) -> dict[str, Block]:
+    """The blocks of a plan by name, in its order.
+
+    Raises:
+        LabError: what is wrong with the file, and what is allowed.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise LabError(f"{path} is no readable TOML file: {error}") from error
+    try:
+        settings = Settings(**tables.pop("settings", {}))
+    except ValidationError as error:
+        raise LabError(f"plan, settings: {_words(error)}") from error
+    plan: dict[str, Block] = {}
+    for name, table in tables.items():
+        where = f"plan, block {name!r}: "
+        block = make_block(name, {"settings": settings, **table}, where)
+        source = block.rates_from
+        if source and (source not in plan or set(block.methods) - set(plan[source].methods)):
+            raise LabError(
+                f"{where}rates_from must name an earlier block with the same methods, got "
+                f"{source!r}"
+            )
+        plan[name] = block
+    return plan
+
+
+def validation_means(block: Block, method: str, records: Iterable[dict]) -> dict[float, float]:
+    """`{rate: mean validation score}` for the rates that all sweep seeds were run at, rising."""
+    scores: dict[float, dict[int, float]] = {}
+    for record in records:
+        if (record["method"], record["stage"]) == (method, "sweep"):
+            first = next(iter(record["validation"].values()))  # the metric to choose by
+            scores.setdefault(record["learning_rate"], {})[record["seed"]] = np.mean(first)
+    return {
+        rate: float(np.mean([by_seed[seed] for seed in block.sweep_seeds]))
+        for rate, by_seed in sorted(scores.items())
+        if set(block.sweep_seeds) <= by_seed.keys()
+    }
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def sweep(
+    plan: dict[str, Block], block: Block, method: str, records: dict[str, list[dict]]
+) -> tuple[tuple[float, ...], float | None]:
+    """The rates that a method's sweep is to hold, and the chosen one once they are all run.
+
+    No rates at all: it waits for the block that its rate comes from, or needs no sweep. `records`
+    are those of each block by name.
+    """
+    if block.chosen:
+        return (), block.chosen[method]
+    if block.rates_from:
+        _, chosen = sweep(plan, plan[block.rates_from], method, records)
+        return (), chosen
+    rates = block.rates
+    if len(rates) == 1:
+        return (), rates[0]
+    means = validation_means(block, method, records[block.name])
+    for left in reversed(range(block.extend + 1)):
+        if not set(rates) <= means.keys():
+            return rates, None
+        best = max(rates, key=means.get)
+        if best not in (rates[0], rates[-1]) or not left:
+            return rates, best
+        if best == rates[0]:
+            rates = (_round(rates[0] ** 2 / rates[1]), *rates)
+        else:
+            rates = (*rates, _round(rates[-1] ** 2 / rates[-2]))
+    raise AssertionError("the last round returns")
+
+
+def missing(
+    plan: dict[str, Block], block: Block, records: dict[str, list[dict]]
+) -> tuple[list[Run], int]:
+    """The runs of a block that can be done now, and how many more are known to come after them.
+
+    Those of the sweep come rate by rate, those of the test seed by seed, so that a grid that was
+    stopped compares all methods on the seeds that it has.
+    """
+    if isinstance(block, Study):
+        runs, later = _study_runs(block, records[block.name])
+    else:
+        runs, later = _compared_runs(plan, block, records)
+    done = {(r["stage"], r["method"], r["learning_rate"], r["seed"]) for r in records[block.name]}
+    return [run for run in runs if run.key[1:] not in done], later
+
+
+def _compared_runs(
+    plan: dict[str, Block], block: Block, records: dict[str, list[dict]]
+) -> tuple[list[Run], int]:
+    sweeps: list[Run] = []
+    tests: list[Run] = []
+    later = 0
+    for method in block.methods:
+        rates, chosen = sweep(plan, block, method, records)
+        for rate in rates:
+            sweeps += [Run(block, "sweep", method, rate, seed) for seed in block.sweep_seeds]
+        if chosen is None:
+            later += len(block.seeds)
+        else:
+            tests += [Run(block, "test", method, chosen, seed) for seed in block.seeds]
+    tests.sort(key=lambda run: block.seeds.index(run.seed))
+    return sweeps + tests, later
+
+
+def _study_runs(block: Study, records: list[dict]) -> tuple[list[Run], int]:
+    """Trials come one by one, as each learns from those before. Then every rung runs on the seeds,
+    the best trial once more on its own seed, and the next four on one of the seeds."""
+    trials = [record for record in records if record["stage"] == "search"]
+    after = len(RUNGS) * len(block.seeds) + 1 + 4
+    if len(trials) < block.trials:
+        trial = Run(block, "search", "search", None, len(trials), {"trials": trials})
+        return [trial], block.trials - len(trials) - 1 + after
+    ranked = best_trials(trials)
+    ladder = block.rungs(ranked[0])
+
+    def run(stage: str, method: str, settings: dict, seed: int) -> Run:
+        given = {name: settings[name] for name in Shape.model_fields}
+        return Run(block, stage, method, settings["learning_rate"], seed, given)
+
+    runs = [run("test", name, ladder[name], seed) for seed in block.seeds for name in ladder]
+    runs.append(run("again", "best", ladder["best"], ranked[0]["seed"]))
+    for trial in ranked[1:5]:
+        runs.append(run("runner-up", f"trial {trial['trial']}", trial, block.seeds[0]))
+    return runs, 0
+
+
+def best_trials(records: Iterable[dict]) -> list[dict]:
+    """The trials of a search that were run to their end, the best first."""
+    ran = [r for r in records if r["stage"] == "search" and r["state"] == "complete"]
+    return sorted(ran, key=lambda record: -record["value"])
+
+
+def read_all(
+    plan: dict[str, Block], folder: Path
+) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """The records of each block of a plan, and their settings.
+
+    Raises:
+        LabError: records that were made for another block than the plan has now.
+    """
+    result, made_by = {}, {}
+    for name, block in plan.items():
+        settings, result[name] = read_records(folder / f"{name}.jsonl")
+        made_by[name] = list(settings.values())
+        now = block.shared()
+        for setting in made_by[name]:
+            other = sorted(k for k in now if setting.get(k) != now[k])
+            if setting.get("data_sha256") != made_by[name][0].get("data_sha256"):
+                other.append("data")
+            if other:
+                raise LabError(
+                    f"{name}.jsonl holds runs with another {', '.join(other)} than the plan has: "
+                    "choose another --records, or give the block another name"
+                )
+    return result, made_by

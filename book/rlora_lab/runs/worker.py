@@ -1,0 +1,222 @@
+"""Works a plan off, run by run and with several processes, and keeps each run's record."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import get_peft_model_state_dict
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..errors import LabError
+from ..models.bases import load_base
+from ..models.methods import adapt, count_trainable
+from ..tasks.suite import Suite, load_suite
+from . import scarce, study
+from .plan import Block, Run, missing, read_all
+from .probes import by_metric, rounded, routing_entropy, similarity, training_bytes
+from .record import add_record, environment
+from .training import train
+
+
+@lru_cache(maxsize=2)
+def _suite(base: str, suite: str, tasks: tuple[str, ...] | None) -> Suite:
+    return load_suite(suite, load_base(base), tasks)
+
+
+def suite_of(block: Block) -> Suite:
+    """The tasks of a block."""
+    tasks = tuple(block.sizes) if block.kind == "skewed" else block.tasks
+    return _suite(block.base, block.suite, tasks)
+
+
+def setting_of(block: Block, workers: int) -> dict:
+    """What all records of a block that are made here and now share."""
+    suite = suite_of(block)
+    here = environment()
+    return {
+        "block": block.name,
+        **block.shared(),
+        "base_source": load_base(block.base).source,
+        **suite.provenance,
+        "tasks": list(suite.tasks),
+        "metrics": list(suite.metrics),
+        **{k: here[k] for k in ("machine", "threads", "versions")},
+        "workers": workers,
+    }
+
+
+def compare(run: Run, suite: Suite, folder: Path | None) -> dict:
+    """Train a method on the suite's mixed tasks and score it."""
+    block = run.block
+    settings = block.settings.model_dump()
+    model = adapt(run.method, load_base(block.base), suite, seed=run.seed, **settings).eval()
+    initial = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    record = {}
+    if run.stage == "test":
+        adapter, other = count_trainable(model)
+        record |= {"adapter_parameters": adapter, "other_parameters": other}
+        record["kept_bytes"] = training_bytes(model, suite, block.batch)
+    start = time.monotonic()
+    loss = train(
+        model,
+        suite,
+        steps=block.steps,
+        lr=run.learning_rate,
+        batch=block.batch,
+        seed=run.seed,
+        folder=folder,
+    )
+    record["seconds"] = round(time.monotonic() - start, 1)
+    record["loss"] = [rounded(part.mean()) for part in np.array_split(loss, min(10, len(loss)))]
+    split = "test" if run.stage == "test" else "validation"
+    record[split] = by_metric(suite.score(model, split), suite)
+    if run.stage == "test":
+        record["similarity"] = similarity(model, initial)
+        record["entropy"] = routing_entropy(model, suite)
+    return record
+
+
+KINDS: dict[str, Callable[[Run, Suite, Path | None], dict]] = {
+    "compare": compare,
+    "skewed": scarce.skewed,
+    "alone": scarce.alone,
+    "study": study.measure,
+}
+
+
+def do_run(run: Run, folder: Path | None = None) -> dict:
+    """Do one run of a plan and return its record.
+
+    `folder` keeps checkpoints of the training, for a run that is stopped to go on from.
+    """
+    head = {
+        "date": environment()["date"],
+        "stage": run.stage,
+        "method": run.method,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+    }
+    return head | KINDS[run.block.kind](run, suite_of(run.block), folder)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+
+
+def _scratch(run: Run) -> Path | None:
+    # Checkpoints only where a run takes minutes: on the tiny base it takes seconds.
+    name = f"{run.block.name}-{run.stage}-{run.method}-lr{run.learning_rate}-seed{run.seed}"
+    return None if run.block.base == "tiny" else Path("runs") / "checkpoints" / name
+
+
+def _work(run: Run, workers: int) -> tuple[dict, dict]:
+    return setting_of(run.block, workers), do_run(run, _scratch(run))
+
+
+def work(
+    plan: dict[str, Block],
+    folder: Path,
+    console: Console,
+    *,
+    only: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    minutes: float = float("inf"),
+    workers: int = 2,
+) -> bool:
+    """Do what is missing of a plan, as long as there is time; say whether all of it is done.
+
+    Args:
+        folder: where the records are, and where each run's is added as it ends.
+        only, methods: names of blocks and of methods to work at; all, where none is named.
+        minutes: start no run that would not end within them, going by the median of its block.
+    """
+    _check_names("block", only, list(plan))
+    _check_names("method", methods, sorted({m for block in plan.values() for m in block.methods}))
+    blocks = [block for name, block in plan.items() if not only or name in only]
+
+    def left() -> tuple[list[Run], int]:
+        records = read_all(plan, folder)[0]
+        runs, later = [], 0
+        for block in blocks:
+            now, more = missing(plan, block, records)
+            runs += [run for run in now if not methods or run.method in methods]
+            later += more
+        return runs, later
+
+    start = time.monotonic()
+    before = read_all(plan, folder)[0]
+    seconds = {block.name: _seconds(before[block.name]) for block in blocks}
+
+    def fits(run: Run) -> bool:
+        known = seconds[run.block.name]
+        expected = 1.3 * float(np.median(known)) if known else 0.0
+        return time.monotonic() - start + expected < 60 * minutes
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the workers load torch
+    running: dict[Future, Run] = {}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+            bar = progress.add_task("", total=None)
+            done = 0
+            while True:
+                runs, later = left()
+                busy = {run.key for run in running.values()}
+                free = [run for run in runs if run.key not in busy and fits(run)]
+                for run in free[: workers - len(running)]:
+                    running[pool.submit(_work, run, workers)] = run
+                names = ", ".join(f"{r.block.name}: {r.method}" for r in running.values())
+                progress.update(bar, description=names, total=done + len(runs) + later)
+                if not running:
+                    return not runs and not (later and not methods)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run = running.pop(future)
+                    setting, record = future.result()
+                    add_record(folder / f"{run.block.name}.jsonl", setting, record)
+                    checkpoints = _scratch(run)
+                    if checkpoints:
+                        shutil.rmtree(checkpoints, ignore_errors=True)
+                    seconds[run.block.name] += _seconds([record])
+                    done += 1
+                    progress.update(bar, completed=done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_names(kind: str, asked: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise LabError(f"no {kind} {unknown[0]!r} in the plan: it has {', '.join(known)}")
+
+
+def _seconds(records: list[dict]) -> list[float]:
+    return [record["seconds"] for record in records if "seconds" in record]
+
+
+def status_table(plan: dict[str, Block], folder: Path, only: Sequence[str] = ()) -> Table:
+    """For each block, or those named, the runs that are done and those known to be missing, with
+    the minutes on one core that these take, going by the median of those that are done."""
+    records = read_all(plan, folder)[0]
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("block", "done", "missing", "minutes on one core"):
+        table.add_column(column, justify="left" if column == "block" else "right")
+    for name, block in plan.items():
+        if only and name not in only:
+            continue
+        todo, later = missing(plan, block, records)
+        left = len(todo) + later
+        seconds = _seconds(records[name])
+        minutes = f"{left * np.median(seconds) / 60:.0f}" if seconds else "?"
+        table.add_row(name, str(len(records[name])), str(left), minutes)
+    return table

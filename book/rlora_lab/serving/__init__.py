@@ -1,0 +1,1 @@
+"""Sealed releases of adapters, and their server."""

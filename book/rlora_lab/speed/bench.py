@@ -1,0 +1,311 @@
+"""`python -m rlora_lab speed`: what a step costs with each adapter, in time, memory and arithmetic.
+
+Methods run in turn, one step each, in an order that is drawn anew each round, so whatever else the
+machine does falls on all of them. A ratio is the median over rounds of the ratio within the round.
+
+Models are the blocks of Qwen2.5 with random weights, shared by all methods, and get embeddings;
+vocabulary and head, which no adapter here touches, are left out. Adapters sit on the MLP
+projections.
+
+A result, one JSON file a run:
+
+    command, date, machine, threads, versions, complete
+    config      device, quick
+    roof        {dtype: {"flops_per_s", "bytes_per_s"}}: the best of a large product and a copy
+    records     one for each case and method: study, shape, layers, batch, tokens, dtype, r,
+                num_heads, lora_dropout, checkpointing, compiled, rounds, generate (the case; see
+                `Case`), method, trainable (parameters), rank (of `lora`), skipped (why, or null),
+                seconds ({"forward", "backward", "optimizer"} or {"token"}: a number each round, in
+                rounds that the methods of a case share), kept_bytes (by autograd for the backward),
+                kept_own_bytes (of these, not parameters; both null if checkpointing or compiled),
+                flops and bytes (of a forward and backward: see `Work`), floor_s (what the roof
+                allows for these), peak_bytes (CUDA: most memory in use in a step, above what
+                stands before it)
+    bars        one for each bar: see `rlora_lab.speed.bars.verdicts`
+"""
+
+import copy
+import gc
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen2Config, Qwen2Model
+
+from rlora_min import RLoraConfig, export_lora
+
+from ..errors import LabError
+from ..models.bases import TARGETS
+from ..models.methods import rlora_size
+from ..models.published_loops import PublishedHydraLora, PublishedRLora, publish
+from ..runs.record import environment, write_result
+from .bars import verdicts
+from .cases import ALL, SHAPES, Case, cases
+from .instruments import Clock, Work, kept_bytes, measure_roof
+
+MLP = TARGETS["gate_proj"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PUBLISHED = {"published-rlora": PublishedRLora, "published-hydralora": PublishedHydraLora}
+WARM_UP = 2  # rounds that are not counted
+
+
+def make_base(case: Case, device: str) -> Qwen2Model:
+    """The blocks with random weights, frozen, ready to train."""
+    shape = SHAPES[case.shape]
+    config = Qwen2Config(
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["mlp"],
+        num_hidden_layers=case.layers,
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        vocab_size=1,  # it is given embeddings
+    )
+    with torch.device(device):
+        base = Qwen2Model(config).requires_grad_(False).to(DTYPES[case.dtype])
+    if case.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return base.train()
+
+
+def equal_rank(case: Case) -> int:
+    """The one LoRA rank for all MLP projections that comes closest to R-LoRA's size, router
+    counted."""
+    shape = SHAPES[case.shape]
+    ways = [(shape["hidden"], shape["mlp"])] * 2 + [(shape["mlp"], shape["hidden"])]
+    wanted = sum(rlora_size(*way, case.r, case.num_heads) for way in ways)
+    return max(1, round(wanted / sum(i + o for i, o in ways)))
+
+
+def make_model(method: str, base: Qwen2Model, case: Case) -> nn.Module:
+    """The base with an adapter; it shares the base's weights, and the base stays as it is."""
+    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    settings = {"lora_alpha": 32, "lora_dropout": case.lora_dropout, "target_modules": MLP}
+    if method == "lora":
+        config = LoraConfig(r=equal_rank(case), use_rslora=True, **settings)
+        model = get_peft_model(model, config)
+    elif method == "rlora":
+        config = RLoraConfig(r=case.r, num_heads=case.num_heads, init_seed=0, **settings)
+        model = get_peft_model(model, config)
+    elif method == "exported":
+        with tempfile.TemporaryDirectory() as folder:
+            export_lora(make_model("rlora", base, replace(case, compiled=False)), folder)
+            model = PeftModel.from_pretrained(model, folder)
+    elif method in PUBLISHED:
+        sizes = {"r": case.r, "num_heads": case.num_heads, "alpha": 32}
+        with torch.device(base.device):
+            publish(model, PUBLISHED[method], MLP, dropout=case.lora_dropout, **sizes)
+    elif method != "base":
+        raise LabError(f"unknown method {method!r}: allowed are {', '.join([*ALL, 'exported'])}")
+    return torch.compile(model) if case.compiled else model
+
+
+class Runner:
+    """One method of one case: its model, its input, and its record."""
+
+    def __init__(self, method: str, base: Qwen2Model, case: Case, device: str) -> None:
+        self.case, self.device = case, device
+        self.model = make_model(method, base, case)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+        generator = torch.Generator().manual_seed(0)
+        size = (case.batch, case.tokens, base.config.hidden_size)
+        x = torch.randn(size, generator=generator)
+        self.x = x.to(device, DTYPES[case.dtype]).requires_grad_(not case.generate)
+        self.autocast = nullcontext
+        if case.dtype == "bf16":
+            self.autocast = partial(torch.autocast, device, torch.bfloat16)
+        self.record = asdict(case) | {
+            "method": method,
+            "trainable": sum(p.numel() for p in trained),
+            "rank": equal_rank(case) if method == "lora" else None,
+            "skipped": None,
+            "seconds": {},
+            **dict.fromkeys(("kept_bytes", "kept_own_bytes")),
+            **dict.fromkeys(("flops", "bytes", "floor_s", "peak_bytes")),
+        }
+
+    def loss(self) -> Tensor:
+        with self.autocast():
+            out = self.model(inputs_embeds=self.x, use_cache=False).last_hidden_state
+        return out.float().square().mean()
+
+    def step(self) -> dict[str, float]:
+        """One training step, in seconds."""
+        clock = Clock(self.device)
+        self.x.grad = None
+        clock.mark()
+        loss = self.loss()
+        clock.mark()
+        loss.backward()
+        clock.mark()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        clock.mark()
+        return dict(zip(("forward", "backward", "optimizer"), clock.seconds(), strict=True))
+
+    @torch.no_grad()
+    def generate(self) -> dict[str, float]:
+        """Token after token with a cache, in seconds a token."""
+        clock = Clock(self.device)
+        self.model.eval()
+        cache, x = DynamicCache(), self.x
+        for i in range(self.case.generate + 1):  # the first call reads the prompt
+            with self.autocast():
+                out = self.model(inputs_embeds=x, past_key_values=cache, use_cache=True)
+            x = out.last_hidden_state[:, -1:].to(self.x.dtype)
+            if i in (0, self.case.generate):
+                clock.mark()
+        return {"token": clock.seconds()[0] / self.case.generate}
+
+    def turn(self) -> dict[str, float]:
+        return self.generate() if self.case.generate else self.step()
+
+    def count(self, roof: dict[str, float]) -> None:
+        """Record what does not depend on the time of day; counts as warm-up."""
+        case = self.case
+        if self.device == "cuda":
+            self.turn()  # makes the optimizer's state
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.turn()
+            self.record["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        if case.compiled or case.generate:
+            return
+        with Work() as work:
+            self.loss().backward()
+        self.record |= {"flops": work.flops, "bytes": work.bytes, "floor_s": work.floor(**roof)}
+        if not case.checkpointing:
+            kept, own = kept_bytes(self.model, self.loss)
+            self.record |= {"kept_bytes": kept, "kept_own_bytes": own}
+        self.model.zero_grad()
+
+
+def run_case(
+    case: Case,
+    methods: Iterable[str],
+    device: str,
+    roof: dict[str, float],
+    on_round: Callable[[], None] = lambda: None,
+) -> list[dict]:
+    """Measure methods in turn; their records. One that finds no memory is skipped, and says so."""
+    torch.manual_seed(0)
+    base, runners, skipped = make_base(case, device), [], []
+    for method in methods:
+        runner = Runner(method, base, case, device)
+        try:
+            runner.count(roof)
+            for _ in range(WARM_UP):
+                runner.turn()
+        except torch.cuda.OutOfMemoryError:
+            runner.model.zero_grad()
+            skipped.append(runner.record | {"skipped": "out of memory"})
+        else:
+            runners.append(runner)
+    order = random.Random(0)
+    for _ in range(case.rounds):
+        gc.collect()
+        gc.disable()
+        for runner in order.sample(runners, len(runners)):
+            for phase, seconds in runner.turn().items():
+                runner.record["seconds"].setdefault(phase, []).append(round(seconds, 7))
+        gc.enable()
+        on_round()
+    return [runner.record for runner in runners] + skipped
+
+
+class Speed:
+    """One run of the command. `out` is written whole after every case; a run that was stopped goes
+    on with the next one.
+
+    Args:
+        device: "cpu" or "cuda"; None is a GPU where there is one.
+        quick: few rounds, and the cases of the bars alone.
+        out: file of the result; None is a name in `runs/`.
+        wanted: `{case: methods}`; None is `cases(device, quick)`.
+    """
+
+    def __init__(
+        self,
+        device: str | None = None,
+        *,
+        quick: bool = False,
+        out: Path | None = None,
+        wanted: dict[Case, tuple[str, ...]] | None = None,
+    ) -> None:
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device not in ("cpu", "cuda"):
+            raise LabError(f"--device must be cpu or cuda, got {device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise LabError("--device cuda: PyTorch finds no GPU here")
+        self.wanted = wanted or cases(self.device, quick)
+        self.out = out or Path("runs") / f"speed-{self.device}{'-quick' * quick}.json"
+        command = f"python -m rlora_lab speed --device {self.device}{' --quick' * quick}"
+        self.result = {
+            "command": command,
+            **environment(),
+            "config": {"device": self.device, "quick": quick},
+            "roof": {},
+            "complete": False,
+            "bars": [],
+            "records": [],
+        }
+        if self.out.exists():
+            self._take_up()
+
+    def _take_up(self) -> None:
+        try:
+            earlier = json.loads(self.out.read_text())
+            earlier = {key: earlier[key] for key in self.result}
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"{self.out} is no result of this command: choose another --out"
+            raise LabError(message) from error
+        for key in ("config", "machine", "threads", "versions"):
+            if earlier[key] != self.result[key]:
+                raise LabError(
+                    f"{self.out} holds a run with another {key}, {earlier[key]}: choose another "
+                    "--out to keep it, or delete it"
+                )
+        self.result |= {key: earlier[key] for key in ("roof", "records")}
+
+    def _done(self, case: Case) -> bool:
+        return any(Case.of(record) == case for record in self.result["records"])
+
+    def run(self, console: Console) -> dict:
+        """Do what is not done yet, and return the result, complete."""
+        missing = [case for case in self.wanted if not self._done(case)]
+        if not shutil.which("c++") and any(case.compiled for case in missing):
+            console.print("no C++ compiler here: torch.compile is not measured")
+            missing = [case for case in missing if not case.compiled]
+        write_result(self.out, self.result)
+        first = next(iter(self.wanted))
+        for dtype in {case.dtype for case in missing} - self.result["roof"].keys():
+            self.result["roof"][dtype] = measure_roof(self.device, DTYPES[dtype])
+        columns = TextColumn("{task.description:52}"), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            bar = progress.add_task("", total=sum(case.rounds for case in missing))
+            for case in missing:
+                progress.update(bar, description=f"{case.study}: {case.words(first)}")
+                self.result["records"] += run_case(
+                    case,
+                    self.wanted[case],
+                    self.device,
+                    self.result["roof"][case.dtype],
+                    partial(progress.advance, bar),
+                )
+                write_result(self.out, self.result)
+        self.result["bars"] = verdicts(self.result)
+        self.result |= {"complete": True, **environment()}
+        write_result(self.out, self.result)
+        return self.result

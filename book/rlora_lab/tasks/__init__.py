@@ -1,0 +1,1 @@
+"""The suites of tasks: strings and sentences."""

@@ -1,0 +1,61 @@
+"""What a chapter defines, taken out of its notebook as a reader sees it."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+
+BOOK = Path(__file__).parents[2] / "book"
+sys.path.insert(0, str(BOOK))  # here and not in pytest's settings, because processes use this too
+import execute  # noqa: E402
+
+CHAPTERS = execute.chapters()
+ALWAYS = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _wanted(node: ast.stmt, names: tuple[str, ...]) -> bool:
+    """An import, a definition, or the value of a NAME in capitals or of one asked for."""
+    if isinstance(node, ALWAYS):
+        return True
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    found = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+    return bool(found) and all(name in names or len(name) > 1 and name.isupper() for name in found)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """A notebook with its outputs; each call gives a copy of its own."""
+    return nbformat.read(path, as_version=4)
+
+
+def chapter_sources(notebook: str, solutions: bool = False) -> list[str]:
+    """The code cells of a chapter, with or without its solutions."""
+    code = execute.code_of(read(BOOK / f"{notebook}.ipynb"))
+    return [source for source in code if solutions or not source.startswith("# @title Solution")]
+
+
+def _run(notebook: str, sources: list[str], names: tuple[str, ...], given: dict) -> SimpleNamespace:
+    space = SimpleNamespace(**given)
+    vars(space)["__name__"] = notebook
+    for number, source in enumerate(sources):
+        body = [node for node in execute.parse_cell(source).body if _wanted(node, names)]
+        exec(compile(ast.Module(body, []), f"{notebook}, cell {number}", "exec"), vars(space))
+    return space
+
+
+def chapter_code(notebook: str, *names: str, **given) -> SimpleNamespace:
+    """The functions, classes and constants of a chapter, of which nothing else was run.
+
+    `names` are further variables to set as the chapter does, `given` are set before.
+    """
+    return _run(notebook, chapter_sources(notebook), names, given)
+
+
+def cell_code(notebook: str, name: str) -> SimpleNamespace:
+    """The same of the set-up and of the cell that defines `name` alone."""
+    set_up, *others = chapter_sources(notebook)
+    defines = re.compile(rf"^(def|class) {name}\(|^{name} = ", re.M)
+    holder = next(source for source in others if defines.search(source))
+    return _run(notebook, [set_up, holder], (), {})

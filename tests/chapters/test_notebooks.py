@@ -1,0 +1,318 @@
+"""The form of a chapter: its parts, outputs, stamp, pictures, addresses. And that this can fail."""
+
+import itertools
+import re
+from pathlib import Path
+
+import execute
+import nbformat
+import pytest
+import yaml
+from chapter_code import BOOK, CHAPTERS, read
+
+ROOT = BOOK.parent
+REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+URL = REPOSITORY["url"]
+OWNER = URL.split("/")[3]
+
+# The level-2 headings of a chapter, in this order. Each may go on after a colon, and others may
+# stand between them.
+PARTS = [
+    "What you will be able to do",
+    "Motivation",
+    "Mathematics",
+    "Code",
+    "By hand",
+    "Proof",
+    "Experiment",
+    "What goes wrong",
+    "Symbols",
+    "Exercises",
+    "Further reading",
+    "Next",
+]
+# The set-up cell starts like this, so that a chapter alone in Colab has what it imports.
+SET_UP = f"""# @title Set-up
+from importlib.util import find_spec
+
+if find_spec("rlora_lab") is None:  # in Colab
+    %pip install -q "rlora-min[lab] @ git+{URL}"
+"""
+LONGEST_CELL = 25  # lines that are not blank
+MOST_SECONDS = 60
+STAMPED = ["hash", "date", "python", "torch", "peft", "transformers", "machine", "seconds"]
+RAW_MYST = re.compile(r"^\s*(```+|~~~+|:::+)\{|\{[\w:+.-]+\}`|^\([\w-]+\)=\s*$|^%\s", re.M)
+HOME = re.compile(r"(/home|/root|/Users|/tmp|/work|/content)/|[A-Z]:\\\\")
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def images(cell) -> bool:
+    outputs = cell.get("outputs", [])
+    return any(kind.startswith("image/") for out in outputs for kind in out.get("data", {}))
+
+
+def text_of(cell) -> str:
+    """All that the outputs of a cell show as text."""
+    shown = []
+    for out in cell.get("outputs", []):
+        shown.append(out.get("text", ""))
+        shown += [value for kind, value in out.get("data", {}).items() if kind.startswith("text/")]
+    return "".join(shown)
+
+
+def is_solution(cell) -> bool:
+    return (
+        cell.cell_type == "code"
+        and "hide-cell" in tags(cell)
+        and cell.metadata.get("cellView") == "form"
+        and cell.source.startswith("# @title Solution")
+        and bool(cell.get("outputs"))
+    )
+
+
+def sections(cells: list) -> dict[str, list]:
+    """The cells under each level-2 heading, the heading's own cell first."""
+    found: dict[str, list] = {"": []}
+    name = ""
+    for cell in cells:
+        heading = re.match(r"## (.+)", cell.source) if cell.cell_type == "markdown" else None
+        if heading:
+            name = heading.group(1).split(":")[0].strip()
+            found[name] = []
+        found[name].append(cell)
+    return found
+
+
+def check_opening(nb, name: str) -> list[str]:
+    badge, title = nb.cells[:2]
+    address = URL.replace("https://github.com/", "https://colab.research.google.com/github/")
+    address = f"{address}/blob/{REPOSITORY['branch']}/book/{name}"
+    found = []
+    if badge.cell_type != "markdown" or f"]({address})" not in badge.source:
+        found.append(f"badge: the first cell does not point to {address}")
+    if tags(badge) != ["remove-cell"]:
+        found.append("badge: the first cell is not tagged remove-cell")
+    if not re.fullmatch(r"# [^\n]+\n\n\*\*[^\n]+[.]\*\*", title.source.strip()):
+        found.append("title: the second cell is not '# Title' and one claim in **bold**")
+    return found
+
+
+def check_setup(nb) -> list[str]:
+    code = [cell for cell in nb.cells if cell.cell_type == "code"]
+    setup = code[0]
+    found = []
+    if not setup.source.startswith(SET_UP):
+        found.append(f"set-up: the first code cell does not start with\n{SET_UP}")
+    if "hide-cell" not in tags(setup) or setup.metadata.get("cellView") != "form":
+        found.append("set-up: not hidden (tag hide-cell and cellView: form)")
+    if any("pip install" in cell.source for cell in code[1:]):
+        found.append("set-up: another cell installs something")
+    parts = sections(nb.cells)
+    if setup not in parts.get(PARTS[0], []):
+        found.append(f"set-up: not the end of '{PARTS[0]}'")
+    return found
+
+
+def check_parts(nb) -> list[str]:
+    parts = sections(nb.cells)
+    headings = list(parts)
+    found = [f"parts: '## {part}' is missing" for part in PARTS if part not in headings]
+    if [h for h in headings if h in PARTS] != [part for part in PARTS if part in headings]:
+        found.append("parts: out of order")
+    if headings[-1] != PARTS[-1]:
+        found.append(f"parts: something stands after '{PARTS[-1]}'")
+    if sum(bool(re.match(r"# ", c.source)) for c in nb.cells if c.cell_type == "markdown") != 1:
+        found.append("parts: not exactly one title")
+    for part in ("Motivation", "Experiment"):
+        if not any(map(images, parts.get(part, []))):
+            found.append(f"parts: no picture in '{part}'")
+    for part in ("By hand", "Proof"):
+        proofs = [c for c in parts.get(part, []) if c.cell_type == "code" and "assert" in c.source]
+        if not any(re.search(r"\d", text_of(cell)) for cell in proofs):
+            found.append(f"parts: no assert that prints its number in '{part}'")
+    table = "".join(cell.source for cell in parts.get("Symbols", []))
+    if not re.search(r"^\| *symbol[^|]*\|[^|]*code[^|]*\|[^|]*PEFT[^|]*\|", table, re.I | re.M):
+        found.append("parts: 'Symbols' has no table | symbol | code | PEFT |")
+    return found
+
+
+def check_exercises(nb) -> list[str]:
+    cells = sections(nb.cells).get("Exercises", [])
+    starts = [i for i, cell in enumerate(cells) if cell.source.startswith("### Exercise")]
+    found = [] if 3 <= len(starts) <= 5 else [f"exercises: {len(starts)}, not three to five"]
+    for start, end in itertools.pairwise([*starts, len(cells)]):
+        answers = cells[start + 1 : end]
+        if not answers or not all(map(is_solution, answers)):
+            title = cells[start].source.splitlines()[0]
+            found.append(f"exercises: no hidden, executed solution under '{title}'")
+    return found
+
+
+def check_outputs(nb) -> list[str]:
+    code = [cell for cell in nb.cells if cell.cell_type == "code"]
+    found = []
+    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        found.append("outputs: the cells did not run once, in order")
+    for number, cell in enumerate(code, 1):
+        if any(out.output_type == "error" for out in cell.outputs):
+            found.append(f"outputs: cell {number} ends in an error")
+        if any(out.get("name") == "stderr" for out in cell.outputs):
+            found.append(f"outputs: cell {number} writes to stderr (a warning, a progress bar)")
+        if HOME.search(text_of(cell)):
+            found.append(f"outputs: cell {number} shows a path of the machine")
+        lines = sum(bool(line.strip()) for line in cell.source.splitlines())
+        if lines > LONGEST_CELL and not {"hide-input", "hide-cell"} & set(tags(cell)):
+            found.append(f"code: cell {number} has {lines} lines, more than {LONGEST_CELL}")
+    return found
+
+
+def check_pictures(nb) -> list[str]:
+    found = []
+    for number, cell in enumerate(nb.cells):
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        if images(cell) and len(alt) < 20:
+            found.append(f"pictures: cell {number} has no alt text in mystnb.image.alt")
+        if cell.cell_type != "markdown":
+            continue
+        if cell.get("attachments") or re.search(r"!\[[^]]*\]\((?!https://)|<img", cell.source):
+            found.append(f"pictures: cell {number} shows a file, which a chapter alone lacks")
+        if re.search(r"!\[\s*\]\(", cell.source):
+            found.append(f"pictures: cell {number} has no alt text")
+    return found
+
+
+def check_text(nb) -> list[str]:
+    found = []
+    for number, cell in enumerate(nb.cells):
+        if cell.cell_type == "markdown" and RAW_MYST.search(cell.source):
+            found.append(f"text: cell {number} holds a MyST directive or role, shown raw in Colab")
+        for other in re.findall(r"https://github\.com/[\w.-]+/rlora-book", cell.source):
+            if other != URL:
+                found.append(f"text: cell {number} names {other} instead of {URL}")
+    return found
+
+
+def check_stamp(nb, name: str) -> list[str]:
+    stamp = nb.metadata.get(execute.STAMP, {})
+    missing = [key for key in STAMPED if not stamp.get(key)]
+    if missing:
+        return [f"stamp: no {', '.join(missing)}"]
+    found = []
+    if stamp["hash"] != execute.notebook_hash(nb, Path(name).stem):
+        found.append("stamp: stale; make execute runs the chapter again")
+    if stamp["seconds"] > MOST_SECONDS:
+        found.append(f"stamp: ran {stamp['seconds']} s, more than {MOST_SECONDS}")
+    return found
+
+
+def faults(nb, name: str) -> list[str]:
+    """What is wrong with the form of a chapter."""
+    checks = [check_setup, check_parts, check_exercises, check_outputs, check_pictures, check_text]
+    found = [fault for check in checks for fault in check(nb)]
+    return check_opening(nb, name) + found + check_stamp(nb, name)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.name)
+def test_the_form_of_a_chapter(path):
+    assert faults(read(path), path.name) == []
+
+
+def test_the_guide_names_every_part_in_order():
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"`## ([^`]+)`", guide) == PARTS
+
+
+def test_what_chapters_export_is_what_they_show():
+    made = {}
+    for path in CHAPTERS:
+        text = execute.export_of(read(path), path.stem)
+        if text is not None:
+            made[f"ch{path.stem}.py"] = text
+    folder = ROOT / "book" / "rlora_lab" / "chapters"
+    there = {path.name: path.read_text("utf-8") for path in folder.glob("ch*.py")}
+    assert len(made) >= 3 and there == made, "make execute writes them anew"
+
+
+# Each check, seen to fail on a chapter that was broken on purpose.
+
+
+def code_cell(nb, condition=lambda cell: True):
+    return next(cell for cell in nb.cells if cell.cell_type == "code" and condition(cell))
+
+
+def part(nb, name: str):
+    return next(cell for cell in nb.cells if cell.source.startswith(f"## {name}"))
+
+
+def picture(nb):
+    return code_cell(nb, images)
+
+
+def put(cell, **fields):
+    cell.update(fields)
+
+
+def stream(name: str, text: str):
+    return nbformat.v4.new_output("stream", name=name, text=text)
+
+
+def error():
+    return nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[])
+
+
+BREAKS = {
+    "badge": lambda nb: put(nb.cells[0], source=nb.cells[0].source.replace(OWNER, "other")),
+    "badge: the first cell is not": lambda nb: nb.cells[0].metadata.pop("tags"),
+    "title": lambda nb: put(nb.cells[1], source="# Title alone"),
+    "set-up: the first code": lambda nb: put(
+        code_cell(nb), source=code_cell(nb).source.replace(OWNER, "other")
+    ),
+    "set-up: not hidden": lambda nb: code_cell(nb).metadata.pop("cellView"),
+    "set-up: another": lambda nb: put(code_cell(nb, images), source="%pip install torch"),
+    "set-up: not the end": lambda nb: nb.cells.insert(
+        nb.cells.index(code_cell(nb)), nbformat.v4.new_markdown_cell("## Motivation")
+    ),
+    "parts: '## Proof' is missing": lambda nb: nb.cells.remove(part(nb, "Proof")),
+    "parts: out of order": lambda nb: put(part(nb, "Code"), source="## Experiment"),
+    "parts: something stands after": lambda nb: nb.cells.append(
+        nbformat.v4.new_markdown_cell("## More")
+    ),
+    "parts: not exactly one title": lambda nb: put(nb.cells[2], source="# Again"),
+    "parts: no picture in 'Motivation'": lambda nb: put(picture(nb), outputs=[]),
+    "parts: no assert that prints its number in 'Proof'": lambda nb: [
+        put(cell, outputs=[]) for cell in sections(nb.cells)["Proof"] if cell.cell_type == "code"
+    ],
+    "parts: 'Symbols' has no table": lambda nb: put(part(nb, "Symbols"), source="## Symbols"),
+    "exercises: 0": lambda nb: [
+        put(cell, source=cell.source.replace("### Exercise", "### Task")) for cell in nb.cells
+    ],
+    "exercises: no hidden": lambda nb: code_cell(nb, is_solution).metadata.pop("cellView"),
+    "outputs: the cells did not run": lambda nb: put(code_cell(nb), execution_count=7),
+    "outputs: cell 1 ends in an error": lambda nb: put(code_cell(nb), outputs=[error()]),
+    "outputs: cell 1 writes to stderr": lambda nb: put(
+        code_cell(nb), outputs=[stream("stderr", "100%")]
+    ),
+    "outputs: cell 1 shows a path": lambda nb: put(
+        code_cell(nb), outputs=[stream("stdout", "/home/me/file")]
+    ),
+    "code: cell": lambda nb: put(code_cell(nb, lambda cell: not tags(cell)), source="1\n" * 40),
+    "pictures: cell": lambda nb: picture(nb).metadata["mystnb"]["image"].pop("alt"),
+    "shows a file": lambda nb: put(nb.cells[1], source="![a layer](layer.svg)"),
+    "text: cell 1 holds": lambda nb: put(nb.cells[1], source="```{note}\nRaw.\n```"),
+    "text: cell 2 holds": lambda nb: put(nb.cells[2], source="As {cite}`lora` says."),
+    "text: cell 1 names": lambda nb: put(nb.cells[1], source="https://github.com/me/rlora-book"),
+    "stamp: no hash": lambda nb: nb.metadata.pop(execute.STAMP),
+    "stamp: stale": lambda nb: put(code_cell(nb), source=code_cell(nb).source + "\n1"),
+    "stamp: ran": lambda nb: nb.metadata[execute.STAMP].update(seconds=61),
+}
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+def test_a_broken_chapter_is_seen(fault):
+    path = CHAPTERS[0]
+    nb = read(path)
+    BREAKS[fault](nb)
+    assert any(fault in found for found in faults(nb, path.name))

@@ -1,0 +1,50 @@
+"""Plan files and made-up records, for the tests of `rlora_lab`."""
+
+from pathlib import Path
+
+BLOCK = {
+    "why": "a test",
+    "base": "tiny",
+    "suite": "synthetic",
+    "methods": ["rlora", "lora"],
+    "steps": 2,
+    "batch": 4,
+    "rates": [0.001, 0.002, 0.004],
+    "sweep_seeds": [10, 11],
+    "seeds": [0, 1],
+}
+
+
+def toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f'"{k}" = {toml(v)}' for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def plan_file(folder: Path, **blocks: dict) -> Path:
+    """A plan of blocks, each given by what it has other than BLOCK; None leaves a word out."""
+    lines = []
+    for name, changes in blocks.items():
+        lines.append(f"[{name}]")
+        values = (BLOCK | changes) if name != "settings" else changes
+        lines += [f"{k} = {toml(v)}" for k, v in values.items() if v is not None]
+    path = folder / "plan.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def swept(method: str, means: dict[float, float], seeds=(10, 11)) -> list[dict]:
+    """Records of a sweep whose seeds lie around the means."""
+    return [
+        {
+            "stage": "sweep",
+            "method": method,
+            "learning_rate": rate,
+            "seed": seed,
+            "validation": {"letters": [mean + shift, mean - shift / 2], "exact": [0.9, 0.9]},
+        }
+        for rate, mean in means.items()
+        for seed, shift in zip(seeds, (0.02, -0.04), strict=True)
+    ]

@@ -1,0 +1,270 @@
+"""Plans: what they refuse, how a learning rate is chosen, and what there is still to do."""
+
+from pathlib import Path
+
+import pytest
+from lab_helpers import plan_file, swept
+
+from rlora_lab.errors import LabError
+from rlora_lab.names import METHODS
+from rlora_lab.runs.plan import PLAN, load_plan, missing, read_all, sweep
+from rlora_lab.runs.record import add_record, read_records
+from rlora_lab.tasks.strings import Synthetic
+
+
+def test_the_plan_of_the_book():
+    plan = load_plan()
+    assert set(plan["synthetic"].methods) == set(METHODS)
+    assert len(plan["synthetic"].seeds) >= 10 and len(plan["sentences"].seeds) >= 5
+    for size in (2, 4, 8):
+        for kind in ("related", "different"):
+            block = plan[f"{kind}-{size}"]
+            assert len(Synthetic(block.tasks).tasks) == size
+            assert {"lora", "mlora", "rlora", "one-head"} <= set(block.methods)
+            for smaller in (2, 4, 8):  # each suite holds the smaller ones of its kind
+                tasks = plan[f"{kind}-{smaller}"].tasks
+                assert set(tasks) <= set(block.tasks) or smaller > size
+        pair = plan[f"related-{size}"], plan[f"different-{size}"]
+        for name in ("methods", "steps", "batch", "seeds", "sweep_seeds", "settings"):
+            assert getattr(pair[0], name) == getattr(pair[1], name)
+    assert set(plan["sentences-related"].tasks) < set(plan["sentences"].tasks)
+    evidence = [name for name in plan if name.startswith(("synth", "rel", "diff", "sent"))]
+    for block in (plan[name] for name in evidence):
+        assert not set(block.seeds) & set(block.sweep_seeds), block.name
+        one_task = block.steps / len(block.tasks) if block.tasks else 40
+        assert one_task == (40 if block.base == "tiny" else 32)
+    (first, *others) = [block for block in plan.values() if block.kind == "skewed"]
+    assert all(block.sizes == first.sizes and block.rates_from == first.name for block in others)
+
+
+def test_the_quick_plan_is_the_same_path():
+    quick = load_plan(PLAN.with_name("quick.toml"))
+    assert {"synthetic", "related-2", "different-2", "sentences"} == set(quick)
+    assert any(block.rates_from for block in quick.values())
+
+
+STUDY = {"kind": "study", "methods": None, "rates": None, "sweep_seeds": None, "trials": 5}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"methods": ["dora"]}, "'a': unknown method 'dora': allowed are lora"),
+        ({"suite": "songs"}, "unknown suite 'songs': allowed are synthetic"),
+        ({"seeds": [1, 1]}, "seeds must hold each once"),
+        ({"methods": []}, "methods: .*at least 1 item"),
+        ({"sweep_seeds": []}, "sweep_seeds are needed with two rates"),
+        ({"seeds": [0, 11]}, r"seeds \[11\] stand in seeds and in sweep_seeds"),
+        ({"steps": 0}, "steps: .*greater than or equal to 1, got 0"),
+        ({"rates": None}, "one of rates, rates_from and chosen"),
+        ({"rates_from": "a"}, "one of rates, rates_from and chosen"),
+        ({"rates": [0.001]}, "sweep_seeds are needed with two rates or more, and only there"),
+        ({"rates": [0.001, 0.0]}, "rates.1: .*greater than 0, got 0.0"),
+        ({"rates": [0.001, 0.002, 0.008]}, "rise by one ratio"),
+        ({"rates": [0.002, 0.001]}, "rates must rise"),
+        ({"rates": None, "rates_from": "b", "sweep_seeds": None}, "must name an earlier block"),
+        ({"rates": None, "chosen": {"lora": 0.1}}, "a rate for each of rlora, lora"),
+        ({"colour": "red"}, "colour: Extra inputs are not permitted, got 'red'"),
+        ({"batch": None}, "batch: Field required"),
+        ({"kind": "song"}, "'song' found using 'kind' does not match .*'compare', 'skewed'"),
+        ({"kind": "skewed", "temperature": "2", "sizes": {}}, "temperature: .*'1', '3' or 'inf'"),
+        ({"kind": "alone", "tasks": ["cap"], "examples": 2, "batch": 4}, "batch: .* be 32, got 4"),
+        (STUDY | {"trials": 2}, "trials: .*equal to 5, got 2; defaults: Field required"),
+    ],
+)
+def test_bad_plans(changes: dict, message: str, tmp_path: Path):
+    with pytest.raises(LabError, match=message):
+        load_plan(plan_file(tmp_path, a=changes))
+
+
+def test_bad_files(tmp_path: Path):
+    with pytest.raises(LabError, match="plan, settings: q: Extra inputs are not permitted"):
+        load_plan(plan_file(tmp_path, settings={"q": 1}, a={}))
+    with pytest.raises(LabError, match="lora_dropout: .*less than 1, got 1.0"):
+        load_plan(plan_file(tmp_path, settings={"lora_dropout": 1.0}, a={}))
+    (tmp_path / "plan.toml").write_text("[a")
+    with pytest.raises(LabError, match="no readable TOML"):
+        load_plan(tmp_path / "plan.toml")
+    with pytest.raises(LabError, match="no readable TOML"):
+        load_plan(tmp_path / "nowhere.toml")
+
+
+def chosen(tmp_path: Path, means: dict[float, float], **changes) -> tuple:
+    plan = load_plan(plan_file(tmp_path, a=changes))
+    return sweep(plan, plan["a"], "rlora", {"a": swept("rlora", means)})
+
+
+def test_the_rate_with_the_best_mean_is_chosen(tmp_path: Path):
+    rates = {"rates": [0.001, 0.002, 0.004, 0.008, 0.016]}
+    means = {0.001: 0.5, 0.002: 0.7, 0.004: 0.7, 0.008: 0.75, 0.016: 0.2}
+    assert chosen(tmp_path, means, **rates) == (tuple(rates["rates"]), 0.008)
+
+
+def test_a_best_rate_at_an_end_extends_the_grid(tmp_path: Path):
+    means = {0.001: 0.5, 0.002: 0.6, 0.004: 0.7}
+    assert chosen(tmp_path, means) == ((0.001, 0.002, 0.004, 0.008), None)
+    assert chosen(tmp_path, means | {0.008: 0.1}) == ((0.001, 0.002, 0.004, 0.008), 0.004)
+    falling = {0.001: 0.7, 0.002: 0.6, 0.004: 0.2}
+    assert chosen(tmp_path, falling) == ((0.0005, 0.001, 0.002, 0.004), None)
+    both = falling | {0.0005: 0.5}
+    assert chosen(tmp_path, both)[1] == 0.001
+    # as far as the plan allows
+    assert chosen(tmp_path, means, extend=0) == ((0.001, 0.002, 0.004), 0.004)
+    assert chosen(tmp_path, means | {0.008: 0.9}, extend=1)[1] == 0.008
+
+
+def test_a_sweep_waits_for_all_its_seeds(tmp_path: Path):
+    plan = load_plan(plan_file(tmp_path, a={}))
+    records = swept("rlora", {0.001: 0.5, 0.002: 0.9, 0.004: 0.5})
+    assert sweep(plan, plan["a"], "rlora", {"a": records})[1] == 0.002
+    assert sweep(plan, plan["a"], "rlora", {"a": records[:-1]})[1] is None
+    assert sweep(plan, plan["a"], "lora", {"a": records})[1] is None
+    # what was scored on test data, or with other seeds, takes no part
+    other = [r | {"seed": 99, "validation": {"letters": [5.0, 5.0]}} for r in records]
+    tested = [r | {"stage": "test", "validation": None} for r in records]
+    assert sweep(plan, plan["a"], "rlora", {"a": other + tested + records})[1] == 0.002
+
+
+def test_rates_that_need_no_sweep(tmp_path: Path):
+    other = {"rates": None, "rates_from": "a", "sweep_seeds": None}
+    single = {"rates": [0.3], "sweep_seeds": None}
+    given = {"rates": None, "chosen": {"rlora": 0.1, "lora": 0.2}, "seeds": [10]}
+    plan = load_plan(plan_file(tmp_path, a={}, b=other, c=single, d=given))
+    none = {name: [] for name in plan}
+    first = none | {"a": swept("rlora", {0.001: 0.5, 0.002: 0.9, 0.004: 0.5})}
+    found = {name: sweep(plan, plan[name], "rlora", first) for name in ("b", "c", "d")}
+    assert found == {"b": ((), 0.002), "c": ((), 0.3), "d": ((), 0.1)}
+    assert sweep(plan, plan["b"], "rlora", none) == ((), None)
+    todo, later = missing(plan, plan["d"], none)
+    assert [(run.stage, run.learning_rate) for run in todo] == [("test", 0.1), ("test", 0.2)]
+    assert missing(plan, plan["b"], none) == ([], 4)
+
+
+def test_a_study_goes_from_trial_to_trial(tmp_path: Path):
+    shape = {"placement": "mlp", "num_heads": 3, "r": 4, "gamma": 64.0, "dropout": 0.1}
+    defaults = shape | {"learning_rate": 0.004}
+    plan = load_plan(plan_file(tmp_path, a=STUDY | {"defaults": defaults}))
+    trials = []
+    for seed, value in enumerate((0.1, 0.5, None, 0.3, 0.2)):
+        (run,), later = missing(plan, plan["a"], {"a": trials})
+        assert (run.stage, run.seed, run.given) == ("search", seed, {"trials": trials})
+        assert later == (4 - seed) + 4 * 2 + 1 + 4
+        found = {"stage": "search", "method": "search", "seed": seed, "trial": 10 + seed}
+        found |= {"placement": "both", "num_heads": 2, "r": 2, "gamma": 9.0, "dropout": 0.5}
+        found |= {"learning_rate": 0.01 + seed / 1000, "value": value}
+        trials = [*trials, found | {"state": "complete" if value else "pruned"}]
+    todo, later = missing(plan, plan["a"], {"a": trials})
+    assert later == 0 and len(todo) == 4 * 2 + 1 + 3  # a pruned trial is no runner-up
+    assert todo[0].given == defaults
+    ladder = [run.given for run in todo[:4]]
+    changed = [
+        {name for name in low if low[name] != high[name]}
+        for low, high in zip(ladder, ladder[1:], strict=False)
+    ]
+    assert changed == [{"learning_rate"}, {"placement", "num_heads", "r"}, {"gamma", "dropout"}]
+    assert ladder[-1] == {name: trials[1][name] for name in defaults}  # the best trial's
+    again = todo[8]
+    assert (again.stage, again.method, again.seed) == ("again", "best", 1)
+    assert [run.method for run in todo[9:]] == ["trial 13", "trial 14", "trial 10"]
+    done = {"stage": "test", "method": "defaults", "learning_rate": 0.004, "seed": 0}
+    assert len(missing(plan, plan["a"], {"a": [*trials, done]})[0]) == len(todo) - 1
+
+
+def test_what_is_missing(tmp_path: Path):
+    plan = load_plan(plan_file(tmp_path, a={}))
+    todo, later = missing(plan, plan["a"], {"a": []})
+    assert len(todo) == 2 * 3 * 2 and later == 2 * 2
+    assert {run.stage for run in todo} == {"sweep"} and {run.seed for run in todo} == {10, 11}
+    done = [r for m in ("rlora", "lora") for r in swept(m, {0.001: 0.5, 0.002: 0.9, 0.004: 0.5})]
+    todo, later = missing(plan, plan["a"], {"a": done})
+    # seed by seed, so that a grid that is stopped has all methods on the seeds it has
+    assert [(r.stage, r.seed, r.method, r.learning_rate) for r in todo] == [
+        ("test", seed, method, 0.002) for seed in (0, 1) for method in ("rlora", "lora")
+    ]
+    assert later == 0
+    tested = {"stage": "test", "method": "lora", "learning_rate": 0.002, "seed": 0}
+    todo, _ = missing(plan, plan["a"], {"a": [*done, tested]})
+    assert [(r.seed, r.method) for r in todo] == [(0, "rlora"), (1, "rlora"), (1, "lora")]
+
+
+RECORD = {"stage": "sweep", "method": "lora", "learning_rate": 0.001, "seed": 1}
+
+
+def test_records_are_added_line_by_line(tmp_path: Path):
+    file = tmp_path / "deep" / "a.jsonl"
+    assert read_records(file) == ({}, [])
+    add_record(file, {"machine": "one"}, RECORD)
+    first = file.read_text()
+    add_record(file, {"machine": "one"}, RECORD | {"seed": 2})
+    add_record(file, {"machine": "two"}, RECORD | {"seed": 3})
+    assert file.read_text().startswith(first) and len(file.read_text().splitlines()) == 5
+    settings, records = read_records(file)
+    assert sorted(s["machine"] for s in settings.values()) == ["one", "two"]
+    assert [settings[r["setting"]]["machine"] for r in records] == ["one", "one", "two"]
+    assert [r["seed"] for r in records] == [1, 2, 3]
+    # two machines' lines after a merge: settings anywhere, and a run done twice counts once
+    lines = file.read_text().splitlines()
+    file.write_text(
+        "\n".join([*lines[::-1], lines[1].replace('"seed"', '"again":1,"seed"')]) + "\n"
+    )
+    again = read_records(file)[1]
+    assert [r["seed"] for r in again] == [3, 2, 1] and not any("again" in r for r in again)
+
+
+def test_a_record_is_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "a.jsonl"
+    add_record(file, {}, RECORD)
+    before = file.read_bytes()
+    with pytest.raises(ValueError):  # no JSON has it
+        add_record(file, {}, RECORD | {"loss": float("nan")})
+    monkeypatch.setattr("rlora_lab.runs.record.os.replace", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        add_record(file, {}, RECORD | {"seed": 2})
+    assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def _add(file: Path, worker: int) -> None:
+    for seed in range(20):
+        add_record(file, {"worker": worker}, RECORD | {"seed": 100 * worker + seed})
+
+
+def test_two_processes_lose_no_record(tmp_path: Path):
+    from multiprocessing import get_context
+
+    file = tmp_path / "a.jsonl"
+    processes = [get_context("fork").Process(target=_add, args=(file, w)) for w in (1, 2, 3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(read_records(file)[1]) == 60
+
+
+def test_broken_records(tmp_path: Path):
+    file = tmp_path / "a.jsonl"
+    add_record(file, {}, RECORD)
+    whole = file.read_text()
+    for broken in ("{", "[]", '{"seed": 1}', "<<<<<<< HEAD"):
+        file.write_text(whole + broken + "\n")
+        with pytest.raises(LabError, match="a.jsonl, line 3 is no record"):
+            read_records(file)
+    file.write_text(whole.splitlines()[1] + "\n")
+    with pytest.raises(LabError, match="no setting"):
+        read_records(file)
+    file.write_text(whole.replace('"schema":2', '"schema":1'))
+    with pytest.raises(LabError, match="a.jsonl has schema 1, this is for schema 2"):
+        read_records(file)
+
+
+def test_records_of_another_block_are_refused(tmp_path: Path):
+    plan = load_plan(plan_file(tmp_path, a={}))
+    now = plan["a"].shared()
+    add_record(tmp_path / "a.jsonl", now, RECORD)
+    records, settings = read_all(plan, tmp_path)
+    assert len(records["a"]) == 1 and settings == {"a": [{"schema": 2} | now]}
+    for changes, name in (({"steps": 3}, "steps"), ({"tasks": ["mirror"]}, "tasks")):
+        with pytest.raises(LabError, match=f"a.jsonl holds runs with another {name} than"):
+            read_all(load_plan(plan_file(tmp_path, a=changes)), tmp_path)
+    add_record(tmp_path / "a.jsonl", now | {"data_sha256": "other"}, RECORD | {"seed": 5})
+    with pytest.raises(LabError, match="another data than"):
+        read_all(plan, tmp_path)

@@ -1,0 +1,385 @@
+"""The command `speed`: its counts, its ratios and bars, its record. No test looks at a time."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from rich.console import Console
+from rlora_helpers import layers_of, perturb, relative
+from scipy import stats
+from torch import nn
+from typer.testing import CliRunner
+
+from rlora_lab.__main__ import app
+from rlora_lab.errors import LabError
+from rlora_lab.models.methods import equal_lora_rank
+from rlora_lab.models.published_loops import PublishedHydraLora, PublishedRLora, publish
+from rlora_lab.report.results import load_result
+from rlora_lab.speed import bench
+from rlora_lab.speed.bars import BARS, find, ratio, tables, verdicts
+from rlora_lab.speed.bench import Speed
+from rlora_lab.speed.cases import ALL, PAIR, SHAPES, Case, cases
+from rlora_lab.speed.instruments import Work, kept_bytes
+from rlora_min import RLoraConfig
+
+QUIET = Console(quiet=True)
+TINY = {"hidden": 16, "mlp": 40, "heads": 2, "kv_heads": 1, "layers": 2}
+FIRST = Case(shape="tiny", batch=2, tokens=5, rounds=6, layers=1)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[Case, tuple[str, ...]]:
+    """Cases of a tiny shape, one for each bar but that of torch.compile."""
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    return {
+        FIRST: ALL,
+        replace(FIRST, study="heads", num_heads=32, rounds=2): PAIR,
+        replace(FIRST, study="generation", generate=2, rounds=2): (*PAIR, "exported"),
+        replace(FIRST, study="dtype", dtype="bf16", rounds=2): PAIR,
+        replace(FIRST, study="checkpointing", checkpointing=True, rounds=2): PAIR,
+    }
+
+
+def screen(result: dict, width: int = 100) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        for table in tables(result):
+            console.print(table)
+    return capture.get()
+
+
+# The published forms
+
+
+def pair_of_layers(form: type, d_in: int = 6, d_out: int = 7, **settings) -> tuple:
+    """An R-LoRA layer, moved off its start, and a published form with the same tensors."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(d_in, d_out)).double().requires_grad_(False)
+    weight = base[0].weight
+    config = RLoraConfig(r=2, num_heads=3, target_modules=["0"], lora_dropout=0, **settings)
+    model = get_peft_model(base, config)
+    ours = layers_of(perturb(model))[0]
+    theirs = form(ours.base_layer, r=2, num_heads=3, alpha=32, dropout=0).double()
+    with torch.no_grad():
+        theirs.A.weight.copy_(ours.rlora_A["default"].weight)
+        theirs.router.weight.copy_(ours.rlora_router["default"].weight)
+        for i, B in enumerate(theirs.heads):
+            B.weight.copy_(ours.rlora_B["default"].weight[:, 2 * i : 2 * i + 2])
+        theirs.weight = weight
+        if form is PublishedRLora:
+            theirs.subtract(ours.rlora_B0["default"], ours.rlora_A0["default"])
+    return ours, theirs
+
+
+FP32 = 1e-6  # of the published forms' softmax
+HYDRA = {"init_heads": "zeros", "router_init": "kaiming", "dropout_on": "input"}
+
+
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [(PublishedRLora, {}), (PublishedHydraLora, HYDRA | {"use_rslora": False})],
+)
+def test_without_dropout_a_published_form_is_rlora_min(form, settings):
+    ours, theirs = pair_of_layers(form, **settings)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    h, same = ours(x), theirs(x)
+    assert (h - ours.base_layer(x)).abs().max() > 0.1
+    assert relative(same - h, h) < FP32
+    for out in (h, same):
+        out.square().sum().backward()
+    for part in ("A", "router"):
+        grad = getattr(ours, f"rlora_{part}")["default"].weight.grad
+        assert relative(getattr(theirs, part).weight.grad - grad, grad) < FP32
+    grad = ours.rlora_B["default"].weight.grad
+    assert relative(torch.cat([B.weight.grad for B in theirs.heads], 1) - grad, grad) < FP32
+
+
+def test_a_published_form_starts_at_the_base_under_a_uniform_router():
+    for form in (PublishedRLora, PublishedHydraLora):
+        _, theirs = pair_of_layers(form)
+        linear = nn.Linear(6, 7).requires_grad_(False)
+        fresh = form(linear, r=2, num_heads=3, alpha=32, dropout=0.5).eval()
+        nn.init.zeros_(fresh.router.weight)
+        x = torch.randn(9, 6)
+        assert relative(fresh(x) - linear(x), linear(x)) < 1e-5
+        assert fresh.A.weight.any() and theirs.heads[0].weight.any()
+
+
+@pytest.mark.parametrize(("form", "width"), [(PublishedRLora, 2), (PublishedHydraLora, 6)])
+def test_each_head_has_its_mask_on_what_the_table_says(form, width):
+    layer = form(nn.Linear(6, 7), r=2, num_heads=3, alpha=32, dropout=0.5)
+    with mock.patch.object(F, "dropout", side_effect=F.dropout) as dropout:
+        layer(torch.randn(5, 6))
+    assert [call.args[0].shape for call in dropout.call_args_list] == [(5, width)] * 3
+    assert all(call.args[1:] == (0.5, True) for call in dropout.call_args_list)
+
+
+def test_publishing_leaves_shared_weights_as_they_are(tiny):
+    base = bench.make_base(FIRST, "cpu")
+    before = [p.clone() for p in base.parameters()]
+    for method in ALL:
+        model = bench.make_model(method, base, FIRST)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert (trained == 0) == (method == "base")
+    assert all(torch.equal(p, b) for p, b in zip(base.parameters(), before, strict=True))
+    model = publish(bench.make_model("base", base, FIRST), PublishedHydraLora, bench.MLP, **SIZES)
+    forms = [m for m in model.modules() if isinstance(m, PublishedHydraLora)]
+    assert len(forms) == 3 and forms[0].weight is base.layers[0].mlp.gate_proj.weight
+
+
+SIZES = {"r": 2, "num_heads": 3, "alpha": 32, "dropout": 0.0}
+
+
+# Counts
+
+
+def test_kept_bytes_are_those_counted_by_hand():
+    T, d_in, d_out, r, N = 5, 6, 7, 2, 3
+    x = torch.randn(T, d_in, requires_grad=True)
+    frozen = nn.Linear(d_in, d_out, bias=False).requires_grad_(False)
+    relu = nn.Sequential(frozen, nn.ReLU())
+    output = T * d_out
+    assert kept_bytes(relu, lambda: relu(x).sum()) == (4 * (d_in * d_out + output), 4 * output)
+    # Once x is kept, for A and the router; for each head A x and the head's output; g and s g.
+    layer = PublishedRLora(frozen, r, N, 32, 0.0)
+    own = T * d_in + N * T * (r + d_out) + 2 * T * N
+    parameters = d_in * d_out + r * d_in + N * r * d_out + N * d_in
+    assert kept_bytes(layer, lambda: layer(x).sum()) == (4 * (own + parameters), 4 * own)
+
+
+def test_work_is_that_counted_by_hand():
+    T, d_in, d_out = 5, 6, 7
+    x = torch.randn(T, d_in, requires_grad=True)
+    linear = nn.Linear(d_in, d_out, bias=False).requires_grad_(False)
+    with Work() as work:
+        h = linear(x)
+    size = 4 * (T * d_in + d_in * d_out + T * d_out)
+    assert work.ops == [(2 * T * d_in * d_out, size)]
+    with Work() as work:
+        linear(x).backward(torch.ones(T, d_out))
+    assert work.flops == 2 * 2 * T * d_in * d_out  # the frozen weight has no gradient
+    with Work() as work:
+        torch.add(h, h.detach().clone()[None][0].T.T)
+        h.detach().mul_(2)
+    out = 4 * T * d_out
+    assert work.ops == [(0, 2 * out), (0, 3 * out), (0, 2 * out)] and work.bytes == 7 * out
+    work.ops = [(10, 1), (1, 10)]
+    assert work.floor(flops_per_s=2, bytes_per_s=5) == 5 + 2
+
+
+def test_the_shapes_have_the_sizes_that_the_models_cards_say():
+    cards = {"Qwen2.5-0.5B": 0.36e9, "Qwen2.5-1.5B": 1.31e9, "Qwen2.5-7B": 6.53e9}
+    for name, size in cards.items():  # without vocabulary
+        case = Case(shape=name, layers=SHAPES[name]["layers"])
+        parameters = sum(p.numel() for p in bench.make_base(case, "meta").parameters())
+        assert parameters == pytest.approx(size, rel=0.02)
+
+
+def test_lora_has_the_size_of_rlora():
+    for case in cases("cpu", quick=False):
+        shape = SHAPES[case.shape]
+        hidden, mlp = shape["hidden"], shape["mlp"]
+        sizes = [(hidden, mlp)] * 2 + [(mlp, hidden)]
+        wanted = sum(case.r * i + case.num_heads * (case.r * o + i) for i, o in sizes)
+        rank = bench.equal_rank(case)
+        step = sum(i + o for i, o in sizes)
+        assert abs(rank * step - wanted) <= step / 2 or rank == 1
+    ranks = [equal_lora_rank(*size, 4, 5) for size in ((896, 4864), (4864, 896))]
+    assert min(ranks) < bench.equal_rank(Case()) == 16 < max(ranks)
+
+
+# Ratios and bars
+
+
+def record(method: str, case: Case = FIRST, step=(1.0,), **values) -> dict:
+    step = np.array(step)
+    seconds = {"forward": 0.5 * step, "backward": 0.4 * step, "optimizer": 0.1 * step}
+    seconds = {"token": step} if case.generate else seconds
+    return asdict(case) | {
+        "method": method,
+        "skipped": None,
+        "seconds": {phase: list(numbers) for phase, numbers in seconds.items()},
+        "kept_bytes": None,
+        **values,
+    }
+
+
+def test_a_ratio_is_the_median_within_rounds_with_its_interval():
+    base = np.random.default_rng(0).uniform(1, 9, 20)  # a machine that others use too
+    ratios = 1 + np.arange(20) / 100
+    one, other = record("rlora", step=base * ratios), record("base", step=base)
+    value, low, high = ratio(one, other)
+    # 5th and 15th of 20: between them lies the median in 95.9 % of samples
+    assert (value, low, high) == pytest.approx((1.095, 1.05, 1.14))
+    assert 0.95 < stats.binom(20, 0.5).cdf(14) - stats.binom(20, 0.5).cdf(5) < 0.97
+    assert ratio(one, other, "backward")[0] == pytest.approx(1.095)
+    few = [record(m, step=s) for m, s in (("rlora", [1, 2, 4]), ("base", [1, 1, 1]))]
+    assert ratio(*few) == pytest.approx((2, 1, 4))
+    counts = record("rlora", kept_bytes=3), record("base", kept_bytes=4)
+    assert ratio(*counts, "kept_bytes") == (0.75, 0.75, 0.75)
+
+
+def test_verdicts_say_what_holds_and_how_clearly():
+    rounds = np.ones(20)
+    spread = np.linspace(-0.04, 0.04, 20)
+    heads = replace(FIRST, study="heads", num_heads=32)
+    result = {
+        "records": [
+            record("base", step=rounds, kept_bytes=50),
+            record("lora", step=rounds * 1.2, kept_bytes=100),
+            record("rlora", step=1.07 + spread, kept_bytes=93),
+            record("published-rlora", step=rounds * 1.42, kept_bytes=100),
+            record("base", heads, step=rounds),
+            record("rlora", heads, step=rounds * 1.23),
+            record("lora", replace(FIRST, dtype="bf16"), skipped="out of memory"),
+            record("rlora", replace(FIRST, dtype="bf16")),
+        ]
+    }
+    bars = {(b["of"], b["against"], *b["case"].items()): b for b in verdicts(result)}
+    assert len(bars) == len(BARS)
+    first = ("study", "bars")
+    said = {key: (bar["holds"], bar["clear"]) for key, bar in bars.items()}
+    assert said.pop(("step", "base", first)) == (True, False)
+    assert said.pop(("step", "lora", first)) == (True, True)
+    assert said.pop(("step", "published-rlora", first)) == (False, False)
+    assert said.pop(("kept_bytes", "lora", first)) == (False, True)
+    assert said.pop(("kept_bytes", "published-rlora", first)) == (False, True)
+    assert said.pop(("step", "base", ("num_heads", 32))) == (False, True)
+    assert set(said.values()) == {(None, None)}
+    assert bars["step", "base", first]["rounds"] == FIRST.rounds
+    assert bars["step", "base", first]["value"] == pytest.approx(1.07)
+
+
+def test_the_recorded_bars_follow_from_the_recorded_runs():
+    result = load_result("speed-cpu", say=False)
+    assert verdicts(result) == result["bars"]
+    shown = screen(result, width=120)
+    assert "…" not in shown and "not measured" not in shown
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_cases_measure_every_bar(device, quick):
+    wanted = cases(device, quick)
+    for of, against, _, case in BARS:
+        fits = [c for c in wanted if case.items() <= asdict(c).items()]
+        assert fits and {"rlora", against} <= set(wanted[fits[0]])
+        assert (of == "token") == bool(fits[0].generate)
+        assert quick or fits[0].rounds >= 20
+        varied = {k for k, v in asdict(fits[0]).items() if v != asdict(next(iter(wanted)))[k]}
+        assert case.keys() & {"dtype"} or varied <= {"study", "rounds", "layers", "generate", *case}
+    first = next(iter(wanted))
+    assert (first.r, first.num_heads, first.lora_dropout) == (4, 5, 0.1)
+    shape = (4, 128, "fp32", 2) if device == "cpu" else (6, 512, "bf16", 24)
+    assert (first.batch, first.tokens, first.dtype, first.layers) == shape
+
+
+# The command
+
+
+def test_end_to_end(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "cases", lambda device, quick: tiny)
+    out = tmp_path / "deep" / "speed.json"
+    arguments = ["speed", "--quick", "--device", "cpu", "--out", str(out)]
+    run = CliRunner().invoke(app, arguments, env={"COLUMNS": "100"}, catch_exceptions=False)
+    assert run.exit_code == 0
+    result = json.loads(out.read_text())
+    assert result["command"] == "python -m rlora_lab speed --device cpu --quick"
+    assert result["complete"] and result["config"] == {"device": "cpu", "quick": True}
+    assert {"date", "machine", "threads", "versions"} <= set(result)
+    assert set(result["roof"]) == {"fp32", "bf16"}
+    assert str(tmp_path) not in out.read_text()
+
+    wanted = [(case, method) for case, methods in tiny.items() for method in methods]
+    assert [(Case.of(r), r["method"]) for r in result["records"]] == wanted
+    sizes = {}
+    for r in result["records"]:
+        generates, plain = r["generate"] > 0, not (r["generate"] or r["checkpointing"])
+        phases = {"token"} if generates else {"forward", "backward", "optimizer"}
+        assert set(r["seconds"]) == phases
+        assert all(len(s) == r["rounds"] for s in r["seconds"].values())
+        assert all(second >= 0 for s in r["seconds"].values() for second in s)
+        for count in ("flops", "bytes", "floor_s"):
+            assert (r[count] is None) == generates
+        assert (r["kept_bytes"] is not None) == (r["kept_own_bytes"] is not None) == plain
+        assert r["peak_bytes"] is None and r["skipped"] is None
+        assert (r["rank"] is not None) == (r["method"] == "lora")
+        sizes.setdefault(r["method"], r["trainable"])
+    size = 2 * (4 * 16 + 20 * 40 + 5 * 16) + (4 * 40 + 20 * 16 + 5 * 40)
+    assert sizes["rlora"] == sizes["published-rlora"] == sizes["published-hydralora"] == size
+    assert sizes["base"] == 0 and abs(sizes["lora"] - size) <= 3 * 56 / 2
+
+    kept = {r["method"]: r["kept_own_bytes"] for r in result["records"] if r["study"] == "bars"}
+    assert kept["base"] < kept["rlora"] < kept["published-rlora"] < kept["published-hydralora"]
+    assert len(result["bars"]) == len(BARS)
+    assert [b["case"] for b in result["bars"] if b["holds"] is None] == [{"compiled": True}]
+    words = ("published", "32 heads", "bf16", "checkpointing", "generated", "not measured")
+    for word in (*words, "kept, MiB", "floor over base", "quick look"):
+        assert word in run.stdout, word
+    assert "…" not in screen(result, width=120)  # ratios of tiny steps can be long
+
+
+def test_a_stopped_run_goes_on_with_the_next_case(tiny, tmp_path: Path):
+    out = tmp_path / "speed.json"
+    first = Speed("cpu", out=out, wanted=dict(list(tiny.items())[:1])).run(QUIET)
+    kept = first["records"]
+    second = Speed("cpu", out=out, wanted=dict(list(tiny.items())[:2])).run(QUIET)
+    assert second["records"][: len(kept)] == kept
+    assert len(second["records"]) == len(kept) + len(PAIR)
+    assert second["roof"] == first["roof"]
+    assert json.loads(out.read_text()) == second
+
+
+def test_without_a_compiler_the_compiled_case_is_left_out(tiny, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
+    console = Console(width=100)
+    wanted = {FIRST: ALL, replace(FIRST, compiled=True): PAIR}
+    with console.capture() as capture:
+        result = Speed("cpu", out=tmp_path / "a.json", wanted=wanted).run(console)
+    assert "no C++ compiler" in capture.get()
+    assert {r["compiled"] for r in result["records"]} == {False}
+
+
+def test_a_method_that_finds_no_memory_is_skipped_and_the_others_go_on(tiny, monkeypatch):
+    count = bench.Runner.count
+
+    def full(self, roof):
+        if self.record["method"] == "published-rlora":
+            raise torch.cuda.OutOfMemoryError
+        count(self, roof)
+
+    monkeypatch.setattr(bench.Runner, "count", full)
+    roof = {"flops_per_s": 1e9, "bytes_per_s": 1e9}
+    records = {r["method"]: r for r in bench.run_case(FIRST, ALL, "cpu", roof)}
+    assert records["published-rlora"]["skipped"] == "out of memory"
+    assert all(len(records[m]["seconds"]["forward"]) == FIRST.rounds for m in PAIR)
+    assert find({"records": list(records.values())}, "published-rlora") is None
+
+
+def test_what_is_refused_loses_nothing(tiny, tmp_path: Path):
+    with pytest.raises(LabError, match="--device must be cpu or cuda, got 'tpu'"):
+        Speed("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(LabError, match="finds no GPU"):
+            Speed("cuda")
+    with pytest.raises(LabError, match="unknown method 'dora': allowed are base, lora"):
+        bench.make_model("dora", bench.make_base(FIRST, "cpu"), FIRST)
+    out = tmp_path / "speed.json"
+    wanted = {replace(FIRST, rounds=2): PAIR}
+    Speed("cpu", out=out, wanted=wanted).run(QUIET)
+    text = out.read_text()
+    with pytest.raises(LabError, match="another config"):
+        Speed("cpu", quick=True, out=out)
+    out.write_text(text.replace('"threads": 1', '"threads": 64'))
+    with pytest.raises(LabError, match="another threads, 64"):
+        Speed("cpu", out=out)
+    out.write_text(text[:-9])
+    with pytest.raises(LabError, match="no result of this command"):
+        Speed("cpu", out=out)
+    assert out.read_text() == text[:-9]
