@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # two workers of two threads each on two cores take five times as long
+settings.register_profile("tests", deadline=None)  # that a machine is busy is no fault of the code
+settings.load_profile("tests")
 
 
 @pytest.fixture(params=["llama", "qwen2", "gpt2", "bert", "sequential"])
