@@ -72,6 +72,7 @@ def load_evidence(
 def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
     """The same for a block of a plan that is loaded already."""
     block = plan[name]
+    plan = _with_sources(plan, name)
     all_records, settings = read_all(plan, records)
     tested = [r for r in all_records[name] if r["stage"] == "test"]
     methods = [m for m in block.methods if any(r["method"] == m for r in tested)]
@@ -111,6 +112,15 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
         "rlora_parameters": sizes[0] if sizes else None,
         "records": [_by_task(record, setting["tasks"]) for record in all_records[name]],
     }
+
+
+def _with_sources(plan: dict[str, Block], name: str | None) -> dict[str, Block]:
+    """A block, and those that its rates come from."""
+    found = {}
+    while name:
+        found[name] = plan[name]
+        name = plan[name].rates_from
+    return found
 
 
 def _tested_rate(
