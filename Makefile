@@ -5,20 +5,30 @@ BIN := .venv/bin
 STAMP := .venv/.rlora-installed
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadscope -n 2
 
-.PHONY: book test browser test-oldest test-newest test-colab linkcheck execute
-.PHONY: bench evidence evidence-quick smollm2 preview serve clean
+.PHONY: help book test browser serve execute address bench evidence evidence-quick
+.PHONY: test-oldest test-newest test-colab linkcheck preview smollm2 clean
+
+# After ##, what `make help` says: the time, the disk that stays taken, what it does.
+.DEFAULT_GOAL := help
+help: ## at once | none | lists these commands
+	@echo "About how long each takes on two CPU cores, and the disk that stays taken. The first that"
+	@echo "needs .venv makes it: 2 minutes where downloads are quick and 2.5 GB, several times that where"
+	@echo "pip takes a torch for GPUs."
+	@echo
+	@awk -F ': .*## | [|] ' '/^[a-z0-9-]+: .*## / { \
+		printf "  make %-15s %-15s %-8s %s\n", $$1, $$2, $$3, $$4 }' $(MAKEFILE_LIST)
 
 # -n: every cross-reference must resolve. -W --keep-going: a warning fails the build, after all
 # of them were shown. --all: nothing old is left. Execution is off (_config.yml): the pages show the
 # outputs that the chapters hold.
-book: $(STAMP)
+book: $(STAMP) ## half a minute | 40 MB | builds the site into _build/html
 	$(BIN)/jupyter-book build . --all -n -W --keep-going
 
 # Two workers of one thread each, and no model hub: the results don't depend on either. The strict
 # build is one of the tests (tests/site/test_book.py), and its pages are what some others look at.
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
-test: $(STAMP)
+test: $(STAMP) ## 10 minutes | none | checks style, code, every notebook and the strict build
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
@@ -28,7 +38,7 @@ test: $(STAMP)
 # The browser that looks at the pages in `make test`, from the system's packages. Without one those
 # tests are skipped, and say so.
 SUDO = $(shell test "$$(id -u)" = 0 || echo sudo)
-browser:
+browser: ## a minute | 0.5 GB | installs chromium, in which `make test` looks at the site
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
 		command -v apt-get > /dev/null || \
 			{ echo "Install chromium by this system's own means." >&2; exit 1; }; \
@@ -47,35 +57,34 @@ define test-in
 	$(1)/bin/python -m pytest $(NBVAL) book
 endef
 
-test-oldest: $(STAMP)
+test-oldest: $(STAMP) ## 15 minutes | 1.5 GB | the tests with the lowest PEFT and transformers claimed
 	$(call test-in,.venv-oldest,$(OLDEST))
 
-test-newest: $(STAMP)
+test-newest: $(STAMP) ## 15 minutes | 1.5 GB | the tests with the newest release of everything but torch
 	$(call test-in,.venv-newest)
 
 # Every chapter alone, where there is only what Colab has: some minutes, and the network.
 test-colab: export OMP_NUM_THREADS = 1
 test-colab: export HF_HUB_OFFLINE = 1
-test-colab: $(STAMP)
+test-colab: $(STAMP) ## 15 minutes | none | runs each chapter alone, where there is only what Colab has
 	$(BIN)/pytest -m "" -v -n 2 tests/site/test_colab.py
 
 # Whether the addresses that the book names answer, which needs the network. `make test` looks at
 # the links within the book.
-linkcheck: $(STAMP)
+linkcheck: $(STAMP) ## some minutes | 20 MB | asks every address that the book names
 	$(BIN)/jupyter-book build . --all --builder linkcheck --path-output _build/linkcheck
 
-# Chapters whose stamp is stale, or all of them: make execute ARGS=--force
-execute: $(STAMP)
+execute: $(STAMP) ## 11 minutes | none | runs stale chapters; all, with ARGS=--force
 	$(BIN)/python book/execute.py $(ARGS)
 
 # Time, memory and arithmetic of a step, on a machine that has nothing else to do; it can be stopped
 # and started again. Two minutes: make bench ARGS=--quick
-bench: $(STAMP)
+bench: $(STAMP) ## 15 minutes | none | measures a step; two minutes with ARGS=--quick
 	$(BIN)/python -m rlora_lab speed $(ARGS)
 
 # Runs what is missing of the plan, hours of it, and can be stopped and started again; then the
 # tables and pictures. A part: make evidence ARGS="--only synthetic --minutes 90"
-evidence: $(STAMP)
+evidence: $(STAMP) ## 10 hours | 10 MB | runs what the plan lacks, then makes the tables
 	$(BIN)/python -m rlora_lab run evidence $(ARGS)
 	$(BIN)/python -m rlora_lab report
 
@@ -83,7 +92,7 @@ evidence: $(STAMP)
 evidence-quick: export HF_HUB_OFFLINE = 1
 evidence-quick: export RLORA_DATA = tests/fixtures/sentences
 evidence-quick: PLAN = --plan book/rlora_lab/plans/quick.toml
-evidence-quick: $(STAMP)
+evidence-quick: $(STAMP) ## some minutes | none | the same path on a few made-up sentences
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 		$(BIN)/python -m rlora_lab run evidence $(PLAN) --records "$$folder/records" && \
 		$(BIN)/python -m rlora_lab report $(PLAN) --records "$$folder/records" --out "$$folder/report"
@@ -93,15 +102,19 @@ smollm2: $(STAMP) ## a minute | 0.3 GB | fetches SmolLM2 (93 MB), for what needs
 	$(BIN)/python -m rlora_lab smollm2
 
 # The picture that link previews show, after the layer's drawing or the book's title changed.
-preview: browser
+preview: browser ## some seconds | none | draws the picture that link previews show
 	$$(command -v chromium || command -v chromium-browser || command -v google-chrome) \
 		--headless --no-sandbox --hide-scrollbars --window-size=1200,630 \
 		--screenshot=book/_static/preview.png file://$(CURDIR)/book/preview.html
 
-serve: book
+serve: book ## half a minute | 40 MB | builds the site and shows it on port 8000, or PORT=
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-clean:
+# From the environment, where make puts what the command line sets: quoted, it can't be a command.
+address: ## at once | none | sets the repository's address: URL=https://github.com/OWNER/NAME
+	@$(PYTHON) book/address.py "$$URL"
+
+clean: ## at once | none | removes what was built, not .venv
 	rm -rf _build build .pytest_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml constraints.txt

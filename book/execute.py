@@ -8,8 +8,9 @@ that imports them.
 
 A chapter runs top to bottom in a fresh kernel, and its file is replaced only when every cell ran.
 The stamp, `rlora_book` in the notebook's metadata, records when and on what the outputs were made
-and a hash of all that they depend on: the chapter's code cells, the recorded results that it reads
-by `load_result("name")` or `load_evidence("name")`, the syntax trees (docstrings left out) of the
+and a hash of all that they depend on: the chapter's code cells (lines of %pip left out, as they say
+from which address to install what is missing), the recorded results that it reads by
+`load_result("name")` or `load_evidence("name")`, the syntax trees (docstrings left out) of the
 modules of this project that it imports, followed through their own imports, and the lab's data
 files. Its own export is left out, since its cells are in it already.
 """
@@ -208,7 +209,7 @@ def notebook_hash(
     trees = [parse_cell(source) for source in sources]
     modules = modules_of(trees, packages)
     modules.pop(export_module(name), None)
-    parts = [("cell", source.encode()) for source in sources]
+    parts = [("cell", re.sub(r"(?m)^\s*%pip .*$", "", source).encode()) for source in sources]
     parts += [(name, canonical(tree).encode()) for name, tree in sorted(modules.items())]
     if "rlora_lab" in modules:
         lab = packages["rlora_lab"]

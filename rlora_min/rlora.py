@@ -533,10 +533,8 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
                     part.to(device=device or base_device, dtype=dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        for part in (
-            "rlora_A0",
-            "rlora_B0",
-        ):  # buffers in older versions, without `.weight`
+        # In older versions the side pair was buffers, without `.weight`.
+        for part in ("rlora_A0", "rlora_B0"):
             for adapter_name in getattr(self, part):
                 key = f"{prefix}{part}.{adapter_name}"
                 if key in state_dict:
@@ -709,8 +707,7 @@ QUANTIZED = {
 def _features(base_layer: nn.Module) -> tuple[int, int]:
     """d_in and d_out of a target."""
     if isinstance(base_layer, Conv1D):
-        d_in, d_out = base_layer.weight.shape
-        return d_in, d_out
+        return base_layer.nx, base_layer.nf  # its weight may be sharded
     if hasattr(base_layer, "infeatures"):
         return base_layer.infeatures, base_layer.outfeatures
     return base_layer.in_features, base_layer.out_features
@@ -816,16 +813,17 @@ class RLoraModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # torch would copy what fits and then complain of the rest.
-        here = self.state_dict(prefix=prefix)
-        for key in sorted(here.keys() & state_dict.keys()):
-            of_adapter = ".rlora_" in key or ".modules_to_save." in key
-            shapes = tuple(here[key].shape), tuple(state_dict[key].shape)
-            if of_adapter and shapes[0] != shapes[1]:
+        for name, parameter in self.named_parameters(prefix=prefix.removesuffix(".")):
+            of_adapter = ".rlora_" in name or ".modules_to_save." in name
+            if not of_adapter or name not in state_dict or parameter.numel() == 0:
+                continue  # the last: a part of it lies elsewhere
+            here, given = tuple(parameter.shape), tuple(state_dict[name].shape)
+            if here != given:
                 for adapter_name in list(_injected.get(self, {})):
-                    if f".{adapter_name}." in key:
+                    if f".{adapter_name}." in name:
                         self._take_back(adapter_name)
-                what = f"the model has {shapes[0]}, the checkpoint {shapes[1]}"
-                raise ValueError(f"An adapter can't load {key}: {what}.")
+                what = f"the model has {here}, the checkpoint {given}"
+                raise ValueError(f"An adapter can't load {name}: {what}.")
         _injected.pop(self, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

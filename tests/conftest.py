@@ -1,17 +1,16 @@
-"""What the tests share: no model hub, one thread a worker, each kind of base, the built site."""
+"""What the tests share: no model hub, one thread a worker, each kind of base."""
 
 import os
-import resource
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # two workers of two threads each on two cores take five times as long
+settings.register_profile("tests", deadline=None)  # that a machine is busy is no fault of the code
+settings.load_profile("tests")
 
 
 @pytest.fixture(params=["llama", "qwen2", "gpt2", "bert", "sequential"])
@@ -35,27 +34,3 @@ def pytest_xdist_make_scheduler(config, log):
             return TOGETHER.get(Path(nodeid.split("::")[0]).name, nodeid)
 
     return Scheduling(config, log) if config.getvalue("dist") == "loadgroup" else None
-
-
-@dataclass
-class Site:
-    root: Path  # the folder with index.html
-    seconds: float  # of CPU time that the build took
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Site:
-    """The site of a strict build."""
-    out = tmp_path_factory.mktemp("book")
-    command = [Path(sys.executable).parent / "jupyter-book", "build", Path(__file__).parent.parent]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run = subprocess.run(
-        [*command, "--path-output", out, "-n", "-W", "--keep-going"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert run.returncode == 0, run.stdout + run.stderr
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Site(out / "_build" / "html", seconds)

@@ -12,6 +12,7 @@ BOOK = Path(__file__).parents[2] / "book"
 sys.path.insert(0, str(BOOK))  # here and not in pytest's settings, because processes use this too
 import execute  # noqa: E402
 
+CHAPTERS = execute.chapters()
 ALWAYS = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -24,9 +25,14 @@ def _wanted(node: ast.stmt, names: tuple[str, ...]) -> bool:
     return bool(found) and all(name in names or len(name) > 1 and name.isupper() for name in found)
 
 
+def read(path: Path) -> nbformat.NotebookNode:
+    """A notebook with its outputs; each call gives a copy of its own."""
+    return nbformat.read(path, as_version=4)
+
+
 def chapter_sources(notebook: str, solutions: bool = False) -> list[str]:
     """The code cells of a chapter, with or without its solutions."""
-    code = execute.code_of(nbformat.read(BOOK / f"{notebook}.ipynb", as_version=4))
+    code = execute.code_of(read(BOOK / f"{notebook}.ipynb"))
     return [source for source in code if solutions or not source.startswith("# @title Solution")]
 
 

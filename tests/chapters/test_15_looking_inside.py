@@ -42,7 +42,7 @@ def inputs() -> torch.Tensor:
 def test_terms_are_the_equation(chapter, layer):
     x = inputs()
     g, u = chapter["terms"](layer, x)
-    A0, B0 = layer.rlora_A0["default"], layer.rlora_B0["default"]
+    A0, B0 = layer.rlora_A0["default"].weight, layer.rlora_B0["default"].weight
     side = layer.configs["default"].scaling * x @ A0.T @ B0.T
     torch.testing.assert_close(layer.base_layer(x) + u.sum(-2) - side, layer(x))
     torch.testing.assert_close(g.sum(-1), torch.ones(2, 7).double())
@@ -74,7 +74,7 @@ def test_closed_is_the_softmax_of_the_others(chapter, layer, i):
     others = [j for j in range(N) if j != i]
     g = (x @ layer.rlora_router["default"].weight[others].T).softmax(-1)
     h = layer.base_layer(x)
-    h = h - s * x @ layer.rlora_A0["default"].T @ layer.rlora_B0["default"].T
+    h = h - s * x @ layer.rlora_A0["default"].weight.T @ layer.rlora_B0["default"].weight.T
     for k, j in enumerate(others):
         h = h + s * g[..., [k]] * (x @ A.T @ B[:, j].T)
     torch.testing.assert_close(closed, h)

@@ -170,17 +170,17 @@ def facts_of(folder: Path) -> list[dict]:
     return [json.loads((folder / f"facts-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_cutting_at_A_is_an_error(folder):
+def test_a_cut_at_each_A_gives_the_same_output(folder):
     for facts in facts_of(folder):
-        assert "Error" in facts["cut at A"] and "DTensor" in facts["cut at A"]
+        assert facts["cut at A"] < 1e-10
 
 
-@pytest.mark.parametrize("way", ["DDP", "DDP, no buffers", "fully_shard"])
-def test_init_seed_starts_every_rank_at_the_base(folder, way):
+@pytest.mark.parametrize("way", ["DDP", "fully_shard"])
+@pytest.mark.parametrize("init_seed", [None, 0])
+def test_every_rank_starts_at_the_base(folder, way, init_seed):
+    """Without a seed the ranks draw different numbers; the pair goes where A and the heads go."""
     for facts in facts_of(folder):
-        assert facts[f"{way}, init_seed=0"] < 1e-5
-    without = max(facts[f"{way}, init_seed=None"] for facts in facts_of(folder))
-    assert (without > 1e-3) == (way != "DDP")  # DDP alone sends the side pair too
+        assert facts[f"{way}, init_seed={init_seed}"] < 1e-5
 
 
 def test_only_the_adapters_gradients_are_sent(folder):
@@ -235,7 +235,7 @@ def test_on_cpus_accelerate_stays_with_ddp_even_if_fsdp_is_asked_for(said):
 
 
 def test_a_frozen_base_in_bf16_is_sharded_with_its_adapter_in_fp32(said):
-    kinds = [("torch.bfloat16", False), ("torch.float32", True)]
+    kinds = [("torch.bfloat16", False), ("torch.float32", False), ("torch.float32", True)]
     assert said.count(f"<moved: True, {kinds}>") == 2, said
 
 

@@ -63,9 +63,9 @@ def twins(case: str, seed: int = 0):
     parts = {"A": theirs.rlora_A, "B": theirs.rlora_B, "W_r": theirs.rlora_router}
     parts = {key: part["default"].weight for key, part in parts.items() if part}
     pairs = {key: (getattr(ours.double(), key), part) for key, part in parts.items()}
-    for key, buffers in {"A0": theirs.rlora_A0, "B0": theirs.rlora_B0}.items():
+    for key, parts in {"A0": theirs.rlora_A0, "B0": theirs.rlora_B0}.items():
         if hasattr(ours, key):
-            getattr(ours, key).copy_(buffers["default"])
+            getattr(ours, key).copy_(parts["default"].weight)
     with torch.no_grad():
         for our, their in pairs.values():
             their.add_(0.3 * torch.randn_like(their))

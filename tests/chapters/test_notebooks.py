@@ -1,19 +1,19 @@
 """The form of a chapter: its parts, outputs, stamp, pictures, addresses. And that this can fail."""
 
-import copy
 import itertools
 import re
 from pathlib import Path
 
+import execute
 import nbformat
 import pytest
 import yaml
-from chapter_code import execute
+from chapter_code import BOOK, CHAPTERS, read
 
-ROOT = Path(__file__).parents[2]
-CHAPTERS = execute.chapters()
+ROOT = BOOK.parent
 REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
 URL = REPOSITORY["url"]
+OWNER = URL.split("/")[3]
 
 # The level-2 headings of a chapter, in this order. Each may go on after a colon, and others may
 # stand between them.
@@ -217,13 +217,18 @@ def faults(nb, name: str) -> list[str]:
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.name)
 def test_the_form_of_a_chapter(path):
-    assert faults(nbformat.read(path, as_version=4), path.name) == []
+    assert faults(read(path), path.name) == []
+
+
+def test_the_guide_names_every_part_in_order():
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"`## ([^`]+)`", guide) == PARTS
 
 
 def test_what_chapters_export_is_what_they_show():
     made = {}
     for path in CHAPTERS:
-        text = execute.export_of(nbformat.read(path, as_version=4), path.stem)
+        text = execute.export_of(read(path), path.stem)
         if text is not None:
             made[f"ch{path.stem}.py"] = text
     folder = ROOT / "book" / "rlora_lab" / "chapters"
@@ -259,11 +264,11 @@ def error():
 
 
 BREAKS = {
-    "badge": lambda nb: put(nb.cells[0], source=nb.cells[0].source.replace("your_org", "other")),
+    "badge": lambda nb: put(nb.cells[0], source=nb.cells[0].source.replace(OWNER, "other")),
     "badge: the first cell is not": lambda nb: nb.cells[0].metadata.pop("tags"),
     "title": lambda nb: put(nb.cells[1], source="# Title alone"),
     "set-up: the first code": lambda nb: put(
-        code_cell(nb), source=code_cell(nb).source.replace("your_org", "other")
+        code_cell(nb), source=code_cell(nb).source.replace(OWNER, "other")
     ),
     "set-up: not hidden": lambda nb: code_cell(nb).metadata.pop("cellView"),
     "set-up: another": lambda nb: put(code_cell(nb, images), source="%pip install torch"),
@@ -308,6 +313,6 @@ BREAKS = {
 @pytest.mark.parametrize("fault", BREAKS)
 def test_a_broken_chapter_is_seen(fault):
     path = CHAPTERS[0]
-    nb = copy.deepcopy(nbformat.read(path, as_version=4))
+    nb = read(path)
     BREAKS[fault](nb)
     assert any(fault in found for found in faults(nb, path.name))

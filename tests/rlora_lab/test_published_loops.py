@@ -29,7 +29,7 @@ def pair_of_layers(form: type, d_in: int = 6, d_out: int = 7, **settings) -> tup
             B.weight.copy_(ours.rlora_B["default"].weight[:, 2 * i : 2 * i + 2])
         theirs.weight = weight
         if form is PublishedRLora:
-            theirs.subtract(ours.rlora_B0["default"], ours.rlora_A0["default"])
+            theirs.subtract(ours.rlora_B0["default"].weight, ours.rlora_A0["default"].weight)
     return ours, theirs
 
 

@@ -22,8 +22,8 @@ RECORD = Path(__file__).with_name("PEFT_CONTRACTS.md")
 
 # Our configurations in PEFT's format: (name, model, config class, settings).
 # lora_alpha makes the scale 1, as PEFT's own cases have it: they train at a learning rate of 0.5.
-# Two tests make their configuration themselves and ask a gradient of every parameter. The frozen pair
-# of random heads has none, so these run with centred heads, which store no pair.
+# Two tests make their configuration themselves and ask a gradient of every parameter. The frozen
+# pair of random heads has none, so these run with centred heads, which store no pair.
 CASES = """
 from dataclasses import dataclass
 

@@ -1,23 +1,17 @@
 """The book as a whole: one address, one table of contents, and pages that stand alone."""
 
 import html.parser
+import itertools
 import re
 import struct
-import tomllib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import pytest
-import yaml
+from chapter_code import CHAPTERS
+from project import CONFIG, PAGES, PINS, PROJECT, ROOT, URL
 from sphinxcontrib import katex
-
-ROOT = Path(__file__).parents[2]
-CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
-TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PAGES = [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
-CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
 
 # These load something into a page; an <a> only names where a reader may go.
 LOADING = {"img": "src", "script": "src", "iframe": "src", "source": "src", "link": "href"}
@@ -42,14 +36,12 @@ def test_the_distribution_asks_for_torch_and_peft_without_upper_bounds():
 
 
 def test_the_constraints_are_exact_and_for_any_machine():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    assert pins["torch"] == "2.13.0"
-    assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())
+    assert PINS["torch"] == "2.13.0"
+    assert all(re.fullmatch(r"[\w.]+", version) for version in PINS.values())
     named = {re.match(r"[\w-]+", r)[0] for r in PROJECT["dependencies"]}
     for extra in PROJECT["optional-dependencies"].values():
         named |= {re.match(r"[\w-]+", requirement)[0] for requirement in extra}
-    assert named - {name.replace("_", "-").lower() for name in pins} == set()
+    assert named - {name.replace("_", "-").lower() for name in PINS} == set()
 
 
 class Page(html.parser.HTMLParser):
@@ -58,7 +50,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, path: Path):
         super().__init__()
         self.path, self.loads, self.images, self.links, self.ids = path, [], [], [], set()
-        self.tags = {}
+        self.tags, self.steps = {}, {}
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attrs):
@@ -72,6 +64,7 @@ class Page(html.parser.HTMLParser):
             self.images.append(attrs)
         if tag == "a" and attrs.get("href"):
             self.links.append(attrs["href"])
+            self.steps[attrs.get("class")] = attrs["href"]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +94,7 @@ def dead(site: dict[str, Page], name: str) -> list[str]:
 
 
 def test_the_strict_build_has_every_page(site):
-    assert {f"{page}.html" for page in ["index", *PAGES]} <= set(site)
+    assert {f"{page}.html" for page in PAGES} <= set(site)
 
 
 def test_no_page_fetches_from_another_host(site):
@@ -111,9 +104,9 @@ def test_no_page_fetches_from_another_host(site):
 
 
 def test_mathematics_has_what_draws_it(site):
-    pages = {n: p for n, p in site.items() if '<span class="math' in p.path.read_text()}
-    assert pages
-    for page in pages.values():
+    formulas = {name: page.path.read_text().count('class="math') for name, page in site.items()}
+    assert all(formulas[f"book/{path.stem}.html"] > 10 for path in CHAPTERS)
+    for page in (page for name, page in site.items() if formulas[name]):
         for needed in ("katex.min.js", "katex_autorenderer.js", "katex/katex.min.css"):
             found = [load for load in page.loads if needed in load]
             assert found and (page.path.parent / urlsplit(found[0]).path).resolve().is_file()
@@ -122,6 +115,15 @@ def test_mathematics_has_what_draws_it(site):
 def test_every_picture_has_alt_text(site):
     for name, page in site.items():
         assert [i for i in page.images if not i.get("alt", "").strip()] == [], name
+
+
+def test_next_and_previous_go_through_the_whole_book(site):
+    for before, after in itertools.pairwise(PAGES):
+        one, two = site[f"{before}.html"], site[f"{after}.html"]
+        assert (one.path.parent / one.steps["right-next"]).resolve() == two.path
+        assert (two.path.parent / two.steps["left-prev"]).resolve() == one.path
+    assert "left-prev" not in site[f"{PAGES[0]}.html"].steps
+    assert "right-next" not in site[f"{PAGES[-1]}.html"].steps
 
 
 def test_no_link_into_the_site_is_dead(site):
@@ -144,7 +146,7 @@ def test_no_notebook_is_heavy():
 
 def address() -> str:
     """Where the site stands: `html.baseurl`, else where GitHub Pages publishes the repository."""
-    owner, name = urlsplit(CONFIG["repository"]["url"]).path.split("/")[1:3]
+    owner, name = urlsplit(URL).path.split("/")[1:3]
     return CONFIG["html"].get("baseurl") or f"https://{owner}.github.io/{name}/"
 
 
@@ -153,11 +155,11 @@ def test_the_sitemap_has_every_page(built):
     listed = [
         element.text for element in tree.iter("{http://www.sitemaps.org/schemas/sitemap/0.9}loc")
     ]
-    assert listed == sorted(f"{address()}{page}.html" for page in ["index", *PAGES])
+    assert listed == sorted(f"{address()}{page}.html" for page in PAGES)
 
 
 def test_every_page_has_a_link_preview(built, site):
-    for page in ["index", *PAGES]:
+    for page in PAGES:
         tags = site[f"{page}.html"].tags
         assert tags["og:url"] == f"{address()}{page}.html"
         assert 3 < len(tags["og:title"]) < 80
@@ -172,7 +174,7 @@ def test_every_page_has_a_link_preview(built, site):
 
 
 def test_every_page_says_its_language(site):
-    for page in ["index", *PAGES]:
+    for page in PAGES:
         language = "ja" if page.endswith(".ja") else "en"
         assert f'<html lang="{language}"' in site[f"{page}.html"].path.read_text()
 
@@ -185,7 +187,7 @@ def test_the_404_page_starts_at_the_root_of_the_site(site):
 
 
 def test_every_page_says_under_which_licence_it_stands(site):
-    for page in ["index", *PAGES]:
+    for page in PAGES:
         assert "CC-BY-4.0. Code: MIT" in site[f"{page}.html"].path.read_text()
 
 

@@ -1,8 +1,9 @@
 """`make execute`: what is exported, what makes a chapter stale, and that it is written whole."""
 
+import execute
 import nbformat
 import pytest
-from chapter_code import execute
+from chapter_code import read
 from nbclient.exceptions import CellExecutionError
 
 NAME = "01_chapter"
@@ -74,10 +75,11 @@ def test_what_makes_a_chapter_stale(project, file, old, new, stale):
     assert (execute.notebook_hash(chapter(*SOURCES), NAME, project) != before) is stale
 
 
-def test_the_code_cells_count_and_the_text_does_not(project):
-    nb = chapter(*SOURCES)
+def test_the_code_cells_count_and_neither_text_nor_where_to_install_from(project):
+    nb = chapter("if missing:\n    %pip install git+https://here", *SOURCES)
     before = execute.notebook_hash(nb, NAME, project)
     nb.cells.append(nbformat.v4.new_markdown_cell("Text."))
+    nb.cells[0].source = nb.cells[0].source.replace("here", "there")
     assert execute.notebook_hash(nb, NAME, project) == before
     nb.cells[0].source += "\n"
     assert execute.notebook_hash(nb, NAME, project) != before
@@ -94,7 +96,7 @@ def test_a_chapter_is_run_stamped_and_then_fresh(tmp_path, project):
     nbformat.write(chapter("print('one')", "1 + 1"), path)
     assert execute.is_stale(path, project)
     execute.execute(path, project)
-    nb = nbformat.read(path, as_version=4)
+    nb = read(path)
     assert [cell.execution_count for cell in nb.cells] == [1, 2]
     assert nb.cells[0].outputs[0].text == "one\n"
     assert nb.metadata[execute.STAMP]["seconds"] > 0

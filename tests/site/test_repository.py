@@ -1,22 +1,17 @@
 """What stands around the code: packages that install, files that agree, claims that were run."""
 
-import copy
 import re
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
 from environments import copy_project, create
+from project import CONFIG, PINS, PROJECT, ROOT, URL
 
-ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-URL = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
-PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
 MAKEFILE = (ROOT / "Makefile").read_text()
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 
@@ -49,7 +44,6 @@ def packages(source, tmp_path_factory) -> dict[str, Path]:
     return {"wheel": wheel, "sdist": archive}
 
 
-@pytest.mark.xdist_group("packages")
 def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(packages, source):
     held = {name for name in zipfile.ZipFile(packages["wheel"]).namelist() if "-info/" not in name}
     folders = {"rlora_min": source / "rlora_min", "rlora_lab": source / "book" / "rlora_lab"}
@@ -65,14 +59,13 @@ USE = """
 import sys
 import rlora_lab, rlora_min
 from rlora_lab.models.bases import load_base
-from rlora_lab.report.results import load_result
-load_base("tiny"), load_result("quality-minilm-sentences-200", say=False)
+from rlora_lab.report.loading import load_evidence, load_result
+load_base("tiny"), load_evidence("synthetic", say=False), load_result("speed-cpu", say=False)
 for module in (rlora_lab, rlora_min):
     assert module.__file__.startswith(sys.prefix), module.__file__
 """
 
 
-@pytest.mark.xdist_group("packages")
 def test_both_install_where_there_is_only_what_they_ask_for(packages, tmp_path):
     asked = map(named, [*PROJECT["dependencies"], *EXTRAS["lab"]])
     python = create(tmp_path / "environment", ["pip", "setuptools", *asked])
@@ -100,46 +93,15 @@ def test_both_install_where_there_is_only_what_they_ask_for(packages, tmp_path):
 # Files that agree
 
 
-def environment_faults(environment: dict, project: dict) -> list[str]:
-    """Where environment.yml and pyproject.toml differ."""
-    *packages, last = environment["dependencies"]
-    wanted = {
-        f"python{project['requires-python']}": packages[0],
-        "-c constraints.txt": last["pip"][0],
-        f"-e .[{','.join(project['optional-dependencies'])}]": last["pip"][1],
-    }
-    return [f"{theirs}, not {ours}" for ours, theirs in wanted.items() if ours != theirs]
-
-
 def test_the_conda_environment_is_that_of_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    assert environment_faults(environment, PROJECT) == []
-    other = copy.deepcopy(PROJECT)
-    other["optional-dependencies"]["more"] = []
-    assert environment_faults(environment, other) == [
-        "-e .[lab,book,test], not -e .[lab,book,test,more]"
-    ]
-    assert environment_faults(environment, PROJECT | {"requires-python": ">=3.12"})
+    python, *_, last = environment["dependencies"]
+    assert python == f"python{PROJECT['requires-python']}"
+    assert last["pip"] == ["-c constraints.txt", f"-e .[{','.join(EXTRAS)}]"]
 
 
 def test_make_installs_every_extra():
     assert set(re.findall(r"-e '\.\[([\w,]+)\]'", MAKEFILE)) == {",".join(EXTRAS)}
-
-
-def foreign_addresses(texts: dict[str, str]) -> dict[str, set[str]]:
-    """Addresses of the repository that are not the one in _config.yml."""
-    found = {
-        name: set(re.findall(r"https://github\.com/[\w.-]+/rlora-book", text)) - {URL}
-        for name, text in texts.items()
-    }
-    return {name: addresses for name, addresses in found.items() if addresses}
-
-
-def test_the_address_is_that_of_the_configuration():
-    names = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml"]
-    texts = {path.name: path.read_text() for path in [*map(ROOT.joinpath, names), *WORKFLOWS]}
-    assert foreign_addresses(texts) == {}
-    assert foreign_addresses({"a": texts["CITATION.cff"].replace("your_org", "other")})
 
 
 def test_the_version_and_authors_are_those_of_pyproject():
@@ -148,31 +110,27 @@ def test_the_version_and_authors_are_those_of_pyproject():
     assert citation["repository-code"] == URL
     assert citation["keywords"] == PROJECT["keywords"]
     assert citation["license"][0] == PROJECT["license"]
-    config = yaml.safe_load((ROOT / "_config.yml").read_text())
-    assert citation["title"] == config["title"]
-    assert citation["authors"] == [{"name": config["author"]}]
+    assert citation["title"] == CONFIG["title"]
+    assert citation["authors"] == [{"name": CONFIG["author"]}]
     for licence in ("LICENSE", "LICENSE-TEXT"):
-        assert config["author"] in (ROOT / licence).read_text()
+        assert CONFIG["author"] in (ROOT / licence).read_text()
 
 
-def changelog_faults(text: str) -> list[str]:
-    """What differs from the form of Keep a Changelog, and from the version in pyproject.toml."""
+def test_the_changelog_has_the_form_of_keep_a_changelog():
+    text = (ROOT / "CHANGELOG.md").read_text()
     heads = re.findall(r"^## (.*)$", text, re.M)
     dated = re.compile(r"\[(\d+\.\d+\.\d+)\] - (Unreleased|\d{4}-\d\d-\d\d)")
-    found = [f"## {head}" for head in heads if not dated.fullmatch(head)]
-    if not found and dated.match(heads[0]).group(1) != PROJECT["version"]:
-        found.append(f"{heads[0]} is not {PROJECT['version']}")
+    assert [head for head in heads if not dated.fullmatch(head)] == []
+    assert dated.match(heads[0])[1] == PROJECT["version"]
     kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
-    return found + [
-        f"### {kind}" for kind in re.findall(r"^### (.*)$", text, re.M) if kind not in kinds
-    ]
+    assert set(re.findall(r"^### (.*)$", text, re.M)) <= kinds
 
 
-def test_the_changelog_has_its_form():
-    text = (ROOT / "CHANGELOG.md").read_text()
-    assert changelog_faults(text) == []
-    for old, new in [("## [", "## v["), ("[0.1.0]", "[0.0.9]"), ("### Added", "### News")]:
-        assert changelog_faults(text.replace(old, new, 1))
+def test_no_other_address_of_the_repository_is_named():
+    others = re.compile(rf"https://github\.com/[\w.-]+/{re.escape(URL.rpartition('/')[2])}\b")
+    assert set(others.findall((ROOT / "README.md").read_text())) == {URL}
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("book/*.md"), *WORKFLOWS]:
+        assert set(others.findall(path.read_text())) <= {URL}, path.name
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
@@ -180,23 +138,18 @@ def test_links_and_commands_lead_somewhere(name):
     text = (ROOT / name).read_text()
     targets = re.findall(r"\]\((?!https?://)([^)#]+)", text)
     assert [target for target in targets if not (ROOT / target).exists()] == []
-    commands = re.findall(r"`make ([\w-]+)", text)
+    commands = re.findall(r"(?:`|^    )make ([\w-]+)", text, re.M)
     assert [c for c in commands if not re.search(rf"^{c}:", MAKEFILE, re.M)] == []
 
 
-def test_the_guide_names_every_part_of_a_chapter_in_order():
-    from test_notebooks import PARTS
-
-    guide = (ROOT / "CONTRIBUTING.md").read_text()
-    assert re.findall(r"`## ([^`]+)`", guide) == PARTS
-
-
-# Schemas and spelling
+def test_bare_make_lists_every_command_with_its_time_and_disk():
+    listed = re.findall(r"^  make (\S+) +(.+?) {2,}(.+?) {2,}(.+)$", run("make").stdout, re.M)
+    named = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)
+    assert sorted(name for name, *_ in listed) == sorted(" ".join(named).split())
+    assert run("make", "help").stdout == run("make").stdout
 
 
-def check(schema: str, *files: Path) -> subprocess.CompletedProcess:
-    return run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files)
-
+# Schemas
 
 SCHEMAS = {
     "vendor.github-workflows": WORKFLOWS,
@@ -204,17 +157,13 @@ SCHEMAS = {
     "vendor.github-issue-forms": sorted(ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")),
     "vendor.citation-file-format": [ROOT / "CITATION.cff"],
 }
-# What each must have, which is taken away.
-NEEDED = ["runs-on", "timeout-minutes", "description", "message"]
 
 
-@pytest.mark.parametrize(("schema", "needed"), list(zip(SCHEMAS, NEEDED, strict=True)))
-def test_files_validate_and_broken_ones_are_seen(schema, needed, tmp_path):
-    checked = check(schema, *SCHEMAS[schema])
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_files_validate(schema):
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema]
+    checked = run(*check, *SCHEMAS[schema])
     assert checked.returncode == 0, checked.stdout
-    broken = tmp_path / "broken.yml"
-    broken.write_text(re.sub(f"(?m)^( *){needed}: .*$", "", SCHEMAS[schema][0].read_text()))
-    assert needed in check(schema, broken).stdout
 
 
 def targets_of(workflow: dict) -> set[str]:
@@ -234,13 +183,6 @@ def test_workflows_call_targets_that_exist():
     assert {"test", "test-oldest", "test-newest", "test-colab", "linkcheck", "book"} <= called
     known = set(re.findall(r"^([\w-]+):", MAKEFILE, re.M)) | {".venv/.rlora-installed"}
     assert called - known == set()
-
-
-def test_a_misspelled_word_is_seen(tmp_path):
-    assert "\t$(BIN)/codespell\n" in MAKEFILE
-    (tmp_path / "text.md").write_text("T" + "eh heads.\n")
-    spelled = run(sys.executable, "-m", "codespell_lib", tmp_path)
-    assert (spelled.returncode, "==> The" in spelled.stdout) == (65, True)
 
 
 # Claims that were run
@@ -268,23 +210,11 @@ def test_the_readme_claims_what_was_run():
     assert f"and with {newest} (`make test`)" in said
 
 
-def unmarked(workflow: dict) -> list[str]:
-    """Jobs with another Python or torch than was run, that don't say so or that must pass."""
-    found = []
-    for name, job in workflow["jobs"].items():
-        matrix = job.get("strategy", {}).get("matrix", {})
-        tried = matrix.get("include", [{"python": p} for p in matrix.get("python", [])])
-        was_run = {"python": "3.11", "torch": PINS["torch"]}
-        if all(was_run | case == was_run for case in tried):
-            continue
-        if "not yet run" not in job.get("name", "") or not job.get("continue-on-error"):
-            found.append(name)
-    return found
-
-
 def test_what_was_not_run_is_marked():
-    workflows = {path.name: yaml.safe_load(path.read_text()) for path in WORKFLOWS}
-    assert {name for name, workflow in workflows.items() if unmarked(workflow)} == set()
-    workflows["tests.yml"]["jobs"]["test"]["strategy"]["matrix"]["python"].append("3.12")
-    del workflows["tests.yml"]["jobs"]["not-yet-run"]["continue-on-error"]
-    assert unmarked(workflows["tests.yml"]) == ["test", "not-yet-run"]
+    was_run = {"python": "3.11", "torch": PINS["torch"]}
+    for path in WORKFLOWS:
+        for name, job in yaml.safe_load(path.read_text())["jobs"].items():
+            matrix = job.get("strategy", {}).get("matrix", {})
+            tried = matrix.get("include", [{"python": p} for p in matrix.get("python", [])])
+            if any(was_run | case != was_run for case in tried):
+                assert "not yet run" in job["name"] and job["continue-on-error"], name
