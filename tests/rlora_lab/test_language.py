@@ -10,16 +10,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
-from lab_helpers import needs_smollm2
+from lab_helpers import needs_smollm2, plan_file
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from rich.console import Console
 from torch import Tensor, nn
 
 from rlora_lab.errors import LabError
 from rlora_lab.models import answers
 from rlora_lab.models.bases import Base, load_base
 from rlora_lab.models.methods import adapt, count_trainable
+from rlora_lab.runs import worker
+from rlora_lab.runs.plan import load_plan
 from rlora_lab.runs.probes import by_metric, routing_entropy
+from rlora_lab.runs.record import read_records
 from rlora_lab.runs.training import train
+from rlora_lab.runs.worker import work
 from rlora_lab.tasks import language
 from rlora_lab.tasks.language import DIFFERENT, RELATED, TASKS, Language, cut_splits, load_rows
 from rlora_lab.tasks.suite import load_suite
@@ -201,7 +206,7 @@ def upper_and_whole(load, tasks: list[str], blocks: int, bf16: bool, method: str
 def test_upper_blocks_equal_the_whole_model(method: str, llama_folder: Path, made_up_folder: Path):
     pairs = upper_and_whole(lambda: small(llama_folder), TASKS_MADE_UP, 1, False, method)
     (suite, upper), (whole_suite, whole) = pairs
-    assert suite.provenance["blocks"] == "1 to 1 of 2"
+    assert suite.provenance["trained_blocks"] == "1 to 1 of 2"
     found = []
     for own, model in pairs:
         loss = model.train()(**own.collate(own.training_set(20, seed=0)))["loss"]
@@ -271,6 +276,28 @@ def test_what_does_not_fit(llama_folder: Path, bert_folder: Path, made_up_folder
         load_suite("language", load_base("tiny"))
     with pytest.raises(LabError, match="blocks is for the suite language"):
         load_suite("sentences", load_base(str(bert_folder)), blocks=1)
+
+
+def test_a_plan_trains_upper_blocks(
+    llama_folder: Path, made_up_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker, "load_base", lambda folder: small(Path(folder)))
+    language_block = {"base": str(llama_folder), "suite": "language", "tasks": TASKS_MADE_UP}
+    rates = {"rates": [0.001], "sweep_seeds": None, "methods": ["rlora"], "seeds": [0]}
+    plan = load_plan(plan_file(here, a=language_block | rates | {"blocks": 1}))
+    assert work(plan, here / "records", Console(quiet=True))
+    settings, records = read_records(here / "records" / "a.jsonl")
+    (setting,) = settings.values()
+    assert (setting["blocks"], setting["trained_blocks"]) == (1, "1 to 1 of 2")
+    assert setting["metrics"] == ["exact", "choice"] and setting["tasks"] == TASKS_MADE_UP
+    (record,) = records
+    assert record["test"]["choice"][0] is None and 0 <= record["test"]["choice"][1] <= 1
+    assert len(record["entropy"]) == 2 and record["kept_bytes"] > 0
+    assert str(here) not in (here / "records" / "a.jsonl").read_text()
+    shared = load_plan(plan_file(here, a=language_block | rates))["a"].shared()
+    assert "blocks" not in shared  # records of blocks without it still belong to them
+    lower = [*(here / "cache" / "lower").glob("*.npy")]
+    assert len(lower) == 1
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ class Block(BaseModel):
     suite: str = "synthetic"
     tasks: tuple[str, ...] | None = None
     """Some of the suite's tasks; None: all."""
+    blocks: Count | None = None
+    """In the suite language, train the upper so many blocks; None: all."""
     methods: tuple[str, ...] = Field(min_length=1)
     steps: Count
     batch: Count
@@ -124,6 +126,8 @@ class Block(BaseModel):
         )
         if self.tasks:
             own["tasks"] = list(self.tasks)
+        if self.blocks:
+            own["blocks"] = self.blocks
         if self.kind in ("compare", "skewed"):  # the others have their chapters' own
             own |= self.settings.model_dump()
         return {

@@ -29,14 +29,14 @@ from .training import train
 
 
 @lru_cache(maxsize=2)
-def _suite(base: str, suite: str, tasks: tuple[str, ...] | None) -> Suite:
-    return load_suite(suite, load_base(base), tasks)
+def _suite(base: str, suite: str, tasks: tuple[str, ...] | None, blocks: int | None) -> Suite:
+    return load_suite(suite, load_base(base), tasks, blocks)
 
 
 def suite_of(block: Block) -> Suite:
     """The tasks of a block."""
     tasks = tuple(block.sizes) if block.kind == "skewed" else block.tasks
-    return _suite(block.base, block.suite, tasks)
+    return _suite(block.base, block.suite, tasks, block.blocks)
 
 
 def setting_of(block: Block, workers: int) -> dict:

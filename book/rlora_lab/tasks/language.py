@@ -349,7 +349,7 @@ class Language:
         self.provenance = {
             "data": ", ".join(sorted(set(sources.values()))),
             "data_sha256": digest.hexdigest()[:16],
-            "blocks": f"{self.lower} to {depth - 1} of {depth}",
+            "trained_blocks": f"{self.lower} to {depth - 1} of {depth}",
             "bf16": self.bf16,
         }
 
