@@ -33,19 +33,20 @@ WORDS = ("walk", "talk", "jump", "play", "open", "close", "cook", "look", "work"
 
 
 def made_up(split: str) -> dict[str, list[dict]]:
-    """A task whose answers stand in the prompt, and one with two options that can't be known."""
-    draw = random.Random(0)
+    """Answers that stand in the prompt, once or twice; and two options that begin alike. How often,
+    and which, can't be known: a model will be wrong about ends and about options."""
+    draw = random.Random(split)
     words = [f"{a} the {b}" for a in WORDS for b in WORDS[:4]]
     words = words[0:24] if split == "train" else words[24:]
-    copied = [{"prompt": f"Say {w}.", "answer": w.split()[-1], "options": None} for w in words]
-    chosen = [
-        {
-            "prompt": f"Is this long or quite short? {w}",
-            "answer": draw.choice(("long", "quite short")),
-            "options": ["long", "quite short"],
-        }
-        for w in words
-    ]
+    options = ["quite long", "quite short"]
+    copied = []
+    chosen = []
+    for word in words:
+        answer = " ".join([word.split()[-1]] * draw.choice((1, 2)))
+        copied.append({"prompt": f"Say {word}.", "answer": answer, "options": None})
+        prompt = f"Is this long or short? {word}"
+        answer = draw.choice(options)
+        chosen.append({"prompt": prompt, "answer": answer, "options": options})
     return {"copy": copied, "choose": chosen}
 
 
