@@ -114,7 +114,7 @@ def evidence(
 
 
     Blocks of the suite sentences read the hub, or the folder in the environment variable
-    RLORA_DATA.
+    RLORA_DATA; those of the suite language the hub, or the folder in RLORA_LANGUAGE.
     """
     asked = {"only": _names(only), "methods": _names(methods)}
     options = {"minutes": minutes, "workers": workers, "show": show}
@@ -163,7 +163,8 @@ def quality(
     and M-LoRA take the ranks that come closest to it. The suite synthetic needs the base tiny.
 
 
-    The suite sentences reads the hub, or the folder in the environment variable RLORA_DATA.
+    The suite sentences reads the hub, or the folder in the environment variable RLORA_DATA; the
+    suite language the hub, or the folder in RLORA_LANGUAGE.
     A run that was stopped goes on where it stopped when it is started again.
     """
     default_lr, default_batch = SUITES.get(suite, (1.0, 1))  # an unknown suite is refused below
