@@ -147,6 +147,14 @@ def quality(
         int | None,
         typer.Option(help="examples a step", show_default=_of_suites(1), min=1),
     ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="suite language: train the upper so many blocks, over outputs of the lower ones "
+            "that are computed once",
+            show_default="all",
+        ),
+    ] = None,
     r: Annotated[int, typer.Option(help="rank of A and of each head")] = Settings().r,
     num_heads: Annotated[int, typer.Option(help="heads N")] = Settings().num_heads,
     lora_alpha: Annotated[
@@ -177,6 +185,7 @@ def quality(
         "methods": _names(methods),
         "steps": steps,
         "batch": batch or default_batch,
+        "blocks": blocks,
         "rates": rates,
         "extend": 0,
         "sweep_seeds": range(1000, 1000 + sweep_seeds) if len(rates) > 1 else [],

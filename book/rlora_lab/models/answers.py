@@ -8,7 +8,6 @@ them once and keeps them in a file that is mapped into memory, for `AnswerModel`
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,8 +165,8 @@ def _write_outputs(model: nn.Module, rows: Sequence[Sequence[int]], path: Path, 
     ends = np.cumsum([len(row) for row in rows])
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     shape = (int(ends[-1]), model.config.hidden_size)
-    with tempfile.TemporaryDirectory(dir=path.parent) as nothing:
-        unfinished = Path(nothing) / path.name
+    unfinished = path.with_suffix(".part")  # what a killed process leaves is written over
+    try:
         file = np.lib.format.open_memmap(unfinished, "w+", np.float32, shape)
         for first in tqdm(range(0, len(rows), BATCH), "lower blocks", disable=None):
             batch = order[first : first + BATCH]
@@ -179,3 +178,5 @@ def _write_outputs(model: nn.Module, rows: Sequence[Sequence[int]], path: Path, 
                 file[ends[i] - length : ends[i]] = state[:length].float().numpy()
         file.flush()
         os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
