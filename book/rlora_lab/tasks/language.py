@@ -429,6 +429,7 @@ class Language:
         device = next(model.parameters()).device
         found = {}
         for task in self.tasks:
+            # In the order that `collate` leaves as it is.
             entries = sorted(self._rows[task, split], key=lambda entry: len(entry["ids"]))
             exact: dict[int, bool] = {}
             likelihoods: dict[int, list[tuple[float, bool]]] = {}
