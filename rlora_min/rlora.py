@@ -418,6 +418,37 @@ def _frozen(weight: Tensor) -> nn.Linear:
     return part
 
 
+def _draw(config: RLoraConfig, path: str, A: Tensor, B: Tensor, W_r: Tensor | None) -> None:
+    """Draws an adapter in place, after `init_seed` if there is one."""
+    generator = None
+    if config.init_seed is not None:  # a stream for each module, whatever the others draw
+        digest = hashlib.sha256(f"{config.init_seed}:{path}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5), generator=generator)
+    if config.init_heads != "zeros":
+        draw_table_1(A, B, config.gamma, generator)
+    else:
+        kaiming(A)
+        if config.init_weights:
+            B.zero_()
+        else:
+            kaiming(B)
+    if config.init_heads == "centered" and config.init_weights:
+        B -= mean_head(B, config.r).repeat(1, config.num_heads)
+    if W_r is not None:
+        if config.router_init == "zeros" and config.init_weights:
+            W_r.zero_()
+        else:
+            kaiming(W_r)
+
+
+def _start_of(config: RLoraConfig, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The side pair of an adapter as drawn."""
+    if config.init_weights:
+        return A.clone(), mean_head(B, config.r)
+    return torch.zeros_like(A), torch.zeros_like(B[:, : config.r])
+
+
 class RLoraLayer(nn.Module, BaseTunerLayer):
     """A linear map with R-LoRA adapters around it: (..., d_in) -> (..., d_out).
 
@@ -471,48 +502,36 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         self.rlora_B[adapter_name] = nn.Linear(N * r, self.out_features, **how)
         if config.router == "softmax":
             self.rlora_router[adapter_name] = nn.Linear(self.in_features, N, **how)
-        if not self.rlora_A[adapter_name].weight.is_meta:  # else a checkpoint follows
-            self._draw(adapter_name, config, path)
+        A = self.rlora_A[adapter_name].weight.detach()
+        B = self.rlora_B[adapter_name].weight.detach()
+        if not A.is_meta:  # else a checkpoint follows
+            W_r = None
+            if config.router == "softmax":
+                W_r = self.rlora_router[adapter_name].weight.detach()
+            _draw(config, path, A, B, W_r)
         if config.init_heads == "random":
-            self._add_side_pair(adapter_name, config)
+            A0, B0 = _start_of(config, A, B)
+            self.rlora_A0[adapter_name] = _frozen(A0)
+            self.rlora_B0[adapter_name] = _frozen(B0)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @torch.no_grad()
-    def _draw(self, adapter_name: str, config: RLoraConfig, path: str) -> None:
-        generator = None
-        if config.init_seed is not None:  # a stream for each module, whatever the others draw
-            digest = hashlib.sha256(f"{config.init_seed}:{path}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-        kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5), generator=generator)
-        A = self.rlora_A[adapter_name].weight
-        B = self.rlora_B[adapter_name].weight
-        if config.init_heads != "zeros":
-            draw_table_1(A, B, config.gamma, generator)
-        else:
-            kaiming(A)
-            if config.init_weights:
-                B.zero_()
-            else:
-                kaiming(B)
-        if config.init_heads == "centered" and config.init_weights:
-            B -= mean_head(B, config.r).repeat(1, config.num_heads)
-        if config.router == "softmax":
-            W_r = self.rlora_router[adapter_name].weight
-            if config.router_init == "zeros" and config.init_weights:
-                W_r.zero_()
-            else:
-                kaiming(W_r)
+    def side_pair(self, adapter_name: str, path: str) -> tuple[Tensor, Tensor] | None:
+        """A0 (r, d_in) and Bbar0 (d_out, r), drawn again where they are sharded and a seed is set.
 
-    @torch.no_grad()
-    def _add_side_pair(self, adapter_name: str, config: RLoraConfig) -> None:
-        A0 = self.rlora_A[adapter_name].weight.detach().clone()
-        B0 = mean_head(self.rlora_B[adapter_name].weight.detach(), config.r)
-        if not config.init_weights:
-            A0.zero_()
-            B0.zero_()
-        self.rlora_A0[adapter_name] = _frozen(A0)
-        self.rlora_B0[adapter_name] = _frozen(B0)
+        None where they can't be had; `path` is the module's name in the base model.
+        """
+        config = self.configs[adapter_name]
+        A0 = self.rlora_A0[adapter_name].weight.detach()
+        B0 = self.rlora_B0[adapter_name].weight.detach()
+        if A0.shape == (config.r, self.in_features) and not A0.is_meta:
+            return A0, B0
+        if config.init_seed is None:
+            return None
+        A = torch.empty(config.r, self.in_features)
+        B = torch.empty(self.out_features, config.num_heads * config.r)
+        _draw(config, path, A, B, W_r=None)
+        return _start_of(config, A, B)
 
     def _move_adapter_to_device_of_base_layer(
         self,
@@ -793,7 +812,31 @@ class RLoraModel(BaseTuner):
         if injected is not None:
             injected.values = _hash(self.model, adapter_name)
 
-    # ------------------------------------------------ loading
+    # ------------------------------------------------ saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, *args, **kwargs):
+        # Some tools hand over what is trained alone; an adapter without its side pair is none.
+        state_dict = dict(state_dict)
+        for path, layer in model.named_modules():
+            if not isinstance(layer, RLoraLayer) or adapter_name not in layer.rlora_A0:
+                continue
+            path = path.replace("_fsdp_wrapped_module.", "")
+            keys = [f"{path}.{part}.{adapter_name}.weight" for part in ("rlora_A0", "rlora_B0")]
+            if state_dict.keys() >= set(keys):
+                continue
+            pair = layer.side_pair(adapter_name, path.removeprefix("base_model.model."))
+            if pair is None:
+                warnings.warn(
+                    f"The frozen tensors {keys} are sharded and were left out, so this file can't "
+                    "be loaded. Set init_seed, and they are drawn again.",
+                    stacklevel=2,
+                )
+            else:
+                state_dict |= dict(zip(keys, pair, strict=True))
+        return super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kwargs
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
