@@ -38,6 +38,13 @@ Minutes = Annotated[
 ]
 Workers = Annotated[int, typer.Option(help="processes, of one thread each", min=1)]
 Status = Annotated[bool, typer.Option("--status", help="only say what is done and missing")]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="training steps of a run", min=5, show_default="as in the plan"),
+]
+Seeds = Annotated[
+    int | None, typer.Option(help="how many seeds", min=2, show_default="as in the plan")
+]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads", min=1, show_default="PyTorch's own choice")
 ]
@@ -216,13 +223,8 @@ def study(
     trials: Annotated[
         int | None, typer.Option(help="trials of the search", show_default="as in the plan")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="training steps of a run", show_default="as in the plan")
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(help="fresh seeds, counted from 1000", min=2, show_default="as in the plan"),
-    ] = None,
+    steps: Steps = None,
+    seeds: Seeds = None,
     records: Records = RECORDS,
     minutes: Minutes = float("inf"),
     workers: Workers = 2,
@@ -240,14 +242,8 @@ def study(
 
 @run_app.command()
 def scarce(
-    steps: Annotated[
-        int | None,
-        typer.Option(help="training steps of a run", min=5, show_default="as in the plan"),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(help="seeds, counted from 0", min=2, show_default="as in the plan"),
-    ] = None,
+    steps: Steps = None,
+    seeds: Seeds = None,
     records: Records = RECORDS,
     minutes: Minutes = float("inf"),
     workers: Workers = 2,

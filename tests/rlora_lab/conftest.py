@@ -4,7 +4,14 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from rlora_lab.models.bases import load_base
 from rlora_lab.runs import worker
@@ -19,38 +26,27 @@ def sentences_folder(monkeypatch: pytest.MonkeyPatch) -> Path:
     return SENTENCES
 
 
-@pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of width 32 with MiniLM's tokenizer."""
+def small_base(folder: Path, model: type[PreTrainedModel], config: type[PretrainedConfig]) -> Path:
+    """A random model of width 32 with MiniLM's tokenizer, in a folder."""
     tokenizer = load_base("minilm").tokenizer
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    folder = tmp_path_factory.mktemp("bases") / "tiny-bert"
-    BertModel(config).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    model(config(vocab_size=len(tokenizer), **sizes, **layers)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small encoder."""
+    return small_base(tmp_path_factory.mktemp("bases") / "tiny-bert", BertModel, BertConfig)
 
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random causal Llama of width 32 with MiniLM's tokenizer."""
-    tokenizer = load_base("minilm").tokenizer
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
+    """A small causal model."""
     folder = tmp_path_factory.mktemp("bases") / "tiny-llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return small_base(folder, LlamaForCausalLM, LlamaConfig)
 
 
 class Here:

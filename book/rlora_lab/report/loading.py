@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LabError
-from ..runs.plan import LAB, PLAN, RECORDS, Block, load_plan, missing, read_all, sweep
+from ..runs.plan import LAB, PLAN, RECORDS, Block, load_plan, missing, read_all, sweep, sweep_scores
 
 SCORES = ("validation", "test", "test_stopped")
 
@@ -72,6 +72,7 @@ def load_evidence(
 def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
     """The same for a block of a plan that is loaded already."""
     block = plan[name]
+    plan = _with_sources(plan, name)
     all_records, settings = read_all(plan, records)
     tested = [r for r in all_records[name] if r["stage"] == "test"]
     methods = [m for m in block.methods if any(r["method"] == m for r in tested)]
@@ -80,7 +81,7 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
     chosen = {m: _tested_rate(plan, block, m, all_records) for m in methods}
     setting = settings[name][0]
     todo, later = missing(plan, block, all_records)
-    sweeps = {m: _sweep_scores(all_records[name], m, setting["metrics"][0]) for m in methods}
+    sweeps = {m: sweep_scores(all_records[name], m) for m in methods}
     seeds = [{r["seed"] for r in tested if r["method"] == m} for m in methods]
     sizes = [
         r["adapter_parameters"]
@@ -113,6 +114,15 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
     }
 
 
+def _with_sources(plan: dict[str, Block], name: str | None) -> dict[str, Block]:
+    """A block, and those that its rates come from."""
+    found = {}
+    while name:
+        found[name] = plan[name]
+        name = plan[name].rates_from
+    return found
+
+
 def _tested_rate(
     plan: dict[str, Block], block: Block, method: str, records: dict[str, list[dict]]
 ) -> float:
@@ -132,16 +142,6 @@ def _tested_rate(
             f"chooses {best}. A rate must not be chosen anew after test data was seen."
         )
     return best
-
-
-def _sweep_scores(records: list[dict], method: str, metric: str) -> dict[float, dict[int, float]]:
-    """`{rate: {seed: mean score over tasks on validation data}}`, rates rising."""
-    found: dict[float, dict[int, float]] = {}
-    for record in records:
-        if (record["method"], record["stage"]) == (method, "sweep"):
-            by_seed = found.setdefault(record["learning_rate"], {})
-            by_seed[record["seed"]] = float(np.mean(record["validation"][metric]))
-    return dict(sorted(found.items()))
 
 
 def _by_task(record: dict, tasks: Sequence[str]) -> dict:

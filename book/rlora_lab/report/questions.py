@@ -29,18 +29,6 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(mean), float(low), float(high)
 
 
-def paired_difference(
-    result: dict, method: str, against: str, metric: str | None = None
-) -> tuple[float, float, float]:
-    """Mean over seeds of (mean score over tasks of `method` less that of `against`), with its
-    95 % interval: (mean, low, high). Both see the same training examples for one seed."""
-    seeds = [[r["seed"] for r in chosen_records(result, m)] for m in (method, against)]
-    if seeds[0] != seeds[1]:
-        raise LabError(f"{method} and {against} were not run on the same seeds: {seeds}")
-    scores = [score_array(result, m, metric).mean(1) for m in (method, against)]
-    return interval(scores[0] - scores[1])
-
-
 @dataclass(frozen=True)
 class Contrast:
     """A paired difference of two methods over seeds, as one of a family of such questions."""
@@ -111,7 +99,14 @@ def differences(
     tasks: Sequence[str] | None = None,
 ) -> np.ndarray:
     """For each seed, the mean score over tasks (all, or those named) of a method less that of the
-    other, in percentage points: (seeds,)."""
+    other, in percentage points: (seeds,). Both see the same training examples for one seed.
+
+    Raises:
+        LabError: an unknown method, or methods that were not run on the same seeds.
+    """
+    seeds = [[r["seed"] for r in chosen_records(result, m)] for m in (method, against)]
+    if seeds[0] != seeds[1]:
+        raise LabError(f"{method} and {against} were not run on the same seeds: {seeds}")
     tasks = result["tasks"] if tasks is None else tasks
     columns = [result["tasks"].index(task) for task in tasks]
     first, second = (score_array(result, m, metric)[:, columns].mean(1) for m in (method, against))
