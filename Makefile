@@ -85,7 +85,7 @@ bench: $(STAMP) ## 15 minutes | none | measures a step; two minutes with ARGS=--
 # Runs what is missing of the plan, hours of it, and can be stopped and started again; then the
 # tables and pictures. A part: make evidence ARGS="--only synthetic --minutes 90"
 evidence: $(STAMP) ## 10 hours | 10 MB | runs what the plan lacks, then makes the tables
-	$(BIN)/python -m rlora_lab evidence $(ARGS)
+	$(BIN)/python -m rlora_lab run evidence $(ARGS)
 	$(BIN)/python -m rlora_lab report
 
 # The same path in minutes, on a few made-up sentences, in a folder that is thrown away.
@@ -94,7 +94,7 @@ evidence-quick: export RLORA_DATA = tests/fixtures/sentences
 evidence-quick: PLAN = --plan book/rlora_lab/plans/quick.toml
 evidence-quick: $(STAMP) ## some minutes | none | the same path on a few made-up sentences
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
-		$(BIN)/python -m rlora_lab evidence $(PLAN) --records "$$folder/records" && \
+		$(BIN)/python -m rlora_lab run evidence $(PLAN) --records "$$folder/records" && \
 		$(BIN)/python -m rlora_lab report $(PLAN) --records "$$folder/records" --out "$$folder/report"
 
 # The picture that link previews show, after the layer's drawing or the book's title changed.

@@ -38,6 +38,13 @@ Minutes = Annotated[
 ]
 Workers = Annotated[int, typer.Option(help="processes, of one thread each", min=1)]
 Status = Annotated[bool, typer.Option("--status", help="only say what is done and missing")]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="training steps of a run", min=5, show_default="as in the plan"),
+]
+Seeds = Annotated[
+    int | None, typer.Option(help="how many seeds", min=2, show_default="as in the plan")
+]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads", min=1, show_default="PyTorch's own choice")
 ]
@@ -216,13 +223,8 @@ def study(
     trials: Annotated[
         int | None, typer.Option(help="trials of the search", show_default="as in the plan")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="training steps of a run", show_default="as in the plan")
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(help="fresh seeds, counted from 1000", min=2, show_default="as in the plan"),
-    ] = None,
+    steps: Steps = None,
+    seeds: Seeds = None,
     records: Records = RECORDS,
     minutes: Minutes = float("inf"),
     workers: Workers = 2,
@@ -240,14 +242,8 @@ def study(
 
 @run_app.command()
 def scarce(
-    steps: Annotated[
-        int | None,
-        typer.Option(help="training steps of a run", min=5, show_default="as in the plan"),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(help="seeds, counted from 0", min=2, show_default="as in the plan"),
-    ] = None,
+    steps: Steps = None,
+    seeds: Seeds = None,
     records: Records = RECORDS,
     minutes: Minutes = float("inf"),
     workers: Workers = 2,
@@ -333,6 +329,46 @@ def train_base_command(
     for task, score in record["test"].items():
         print(f"{task:16} {score['letters']:.1%} of letters, {score['exact']:.1%} exact")
     print(f"{record['parameters']:,} parameters, {record['seconds']} s; kept in {out or TINY}")
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="a folder for each release, and current.json")],
+    base: Annotated[str, typer.Option(help="tiny, a folder, or a hub id")] = "tiny",
+    host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port; 0 takes a free one", min=0)] = 8000,
+    window_ms: Annotated[float, typer.Option(help="wait for more requests", min=0)] = 5,
+    max_batch: Annotated[int, typer.Option(help="requests in one batch", min=1)] = 32,
+    max_queue: Annotated[int, typer.Option(help="requests that may wait", min=1)] = 64,
+    max_prompt: Annotated[
+        int | None,
+        typer.Option(help="tokens of a prompt", min=1, show_default="half of the model's longest"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="tokens of an answer", min=1, show_default="the same")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="seconds until a request is given up")] = 30,
+    threads: Threads = None,
+) -> None:
+    """Check and load every release of a folder, and serve them until SIGTERM or Ctrl-C.
+
+    Requests that were accepted are answered before it ends. Chapter 16 says what a release is.
+    """
+    from .serving.serve import serve as serve_releases
+
+    _set_threads(threads)
+    serve_releases(
+        folder,
+        base,
+        host,
+        port,
+        window_ms,
+        max_batch,
+        max_queue,
+        max_prompt,
+        max_tokens,
+        timeout,
+    )
 
 
 def main() -> int:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from importlib.resources import files
 
 import numpy as np
 import optuna
@@ -18,15 +17,16 @@ from peft import get_peft_model
 from search_worker import fake
 
 from rlora_lab.chapters import ch13_choosing_the_randomness as chapter
-from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
 from rlora_lab.models.methods import count_trainable
-from rlora_lab.report.results import load_result, paired_difference, score_array
-from rlora_lab.runs import study
+from rlora_lab.report.loading import chosen_records, load_evidence, read_block, score_array
+from rlora_lab.runs.plan import Run, best_trials, load_plan, make_block, missing
+from rlora_lab.runs.record import add_record
+from rlora_lab.runs.worker import do_run, setting_of
+from rlora_lab.tasks.strings import Synthetic
 from rlora_min import RLoraConfig
 
 CHAPTER = "13_choosing_the_randomness"
-NAME = "practice/study-tiny"
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -60,20 +60,7 @@ def test_the_defaults_are_those_of_the_module_and_the_suite():
         defaults[name] for name in ("r", "num_heads", "gamma")
     )
     assert config.lora_dropout == defaults["dropout"]
-    assert defaults["learning_rate"] == study.Synthetic.default_lr
-
-
-def test_each_rung_changes_its_own_settings_alone():
-    best = {"placement": "both", "num_heads": 2, "r": 3, "learning_rate": 0.01}
-    best |= {"gamma": 16.0, "dropout": 0.3, "placebo": 0.5}
-    ladder = list(study.rungs(best).values())
-    changed = [
-        {name for name in low if low[name] != high[name]}
-        for low, high in zip(ladder, ladder[1:], strict=False)
-    ]
-    assert changed == [{"learning_rate"}, {"placement", "num_heads", "r"}, {"gamma", "dropout"}]
-    assert ladder[0] == chapter.DEFAULTS
-    assert ladder[-1] == {name: best[name] for name in chapter.DEFAULTS}
+    assert defaults["learning_rate"] == Synthetic.default_lr
 
 
 # The search
@@ -167,88 +154,65 @@ def test_a_trial_that_lies_behind_is_stopped_at_a_look(monkeypatch: pytest.Monke
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Runs without training; the list of those that were made."""
+    """Trials and runs without training; the seeds of the runs that were made."""
     made = []
 
-    def run_record(stage, name, settings, seed, steps):
-        made.append((name, seed))
-        if len(made) == 6:
-            raise KeyboardInterrupt
-        scores = {task: {"letters": 0.5, "exact": 0.1} for task in study.Synthetic().tasks}
-        return {
-            "stage": stage,
-            "method": name,
-            "seed": seed,
-            "learning_rate": settings["learning_rate"],
-            "value": 0.5,
-            "test": scores,
-        }
+    def train_with(settings, seed, steps):
+        made.append((settings["learning_rate"], seed))
+        return load_base("tiny").model
 
-    monkeypatch.setattr(study, "run_record", run_record)
-    monkeypatch.setattr(study, "objective", lambda trial, seed, *steps: fake(trial, seed))
+    monkeypatch.setattr(chapter, "objective", lambda trial, seed, *steps: fake(trial, seed))
+    monkeypatch.setattr(chapter, "train_with", train_with)
     return made
 
 
-def test_the_record_goes_on_where_it_was_stopped(quick, tmp_path):
-    out = tmp_path / "runs" / "study.json"
-    said = []
-    with pytest.raises(KeyboardInterrupt):
-        study.record_study(out, 20, 12, 3, said.append)
-    half = json.loads(out.read_text())
-    assert not half["complete"] and len(said) == 5
-    result = study.record_study(out, 20, 12, 3, said.append)
-    assert result["complete"] and json.loads(out.read_text()) == result
-    assert len(quick) == len(set(quick)) + 1  # only the one in the middle ran again
-    stages = [record["stage"] for record in result["records"]]
-    counted = [stages.count(s) for s in ("search", "retest", "again", "runner-up")]
-    assert counted == [20, 12, 1, 4]
-    assert result["command"] == "python -m rlora_lab.runs.study --trials 20 --steps 12 --seeds 3"
-    assert score_array(result, "best").shape == (3, 10)
-    with pytest.raises(LabError, match="another config"):
-        study.record_study(out, 21, 12, 3, said.append)
-    assert json.loads(out.read_text()) == result
+def test_a_search_goes_on_from_its_records(quick):
+    """As if it had been one: same draws, same values, same trials given up."""
+    block = load_plan()["study"]
+    whole = outcome(chapter.search(optuna.storages.InMemoryStorage(), 20, fake))
+    assert {state for state, _, _ in whole} == {"COMPLETE", "PRUNED"}
+    records = []
+    for seed, (state, params, value) in enumerate(whole):
+        run = Run(
+            block, "search", "search", None, seed, {"trials": json.loads(json.dumps(records))}
+        )
+        record = do_run(run)
+        assert record["state"].upper() == state
+        assert record["value"] == (value if state == "COMPLETE" else None)
+        assert params.items() <= record.items() and record["trial"] == record["seed"] == seed
+        records.append(record)
 
 
-def test_a_file_of_something_else_is_refused_and_kept(tmp_path):
-    out = tmp_path / "other.json"
-    for text in ("not JSON", '{"records": []}', "[]"):
-        out.write_text(text)
-        with pytest.raises(LabError, match="no result of this command"):
-            study.record_study(out, 5, 6, 2)
-        assert out.read_text() == text
-    assert [p.name for p in tmp_path.iterdir()] == ["other.json"]
+def test_a_study_from_its_first_trial_to_its_last_run(quick, tmp_path):
+    values = load_plan()["study"].model_dump() | {"trials": 6, "steps": 4, "seeds": [1000, 1001]}
+    plan = {"study": make_block("study", values, "")}
+    done = []
+    while todo := missing(plan, plan["study"], {"study": done})[0]:
+        done.append(do_run(todo[0]))
+        add_record(tmp_path / "study.jsonl", setting_of(plan["study"], 1), done[-1])
+        assert len(done) < 40
+    stages = [record["stage"] for record in done]
+    counted = [stages.count(stage) for stage in ("search", "test", "again")]
+    assert counted == [6, 8, 1] and len(quick) == len(done) - 6
+    result = read_block(plan, "study", tmp_path)
+    assert result["complete"] and score_array(result, "best").shape == (2, 10)
+    best = best_trials(done)[0]
+    assert result["chosen"]["best"] == best["learning_rate"]
+    assert result["chosen"]["defaults"] == chapter.DEFAULTS["learning_rate"]
 
 
-@pytest.mark.parametrize("wrong", ["--trials=2", "--steps=1", "--seeds=1", "--seeds=many"])
-def test_numbers_that_make_no_study_are_refused(wrong, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["study", wrong])
-    with pytest.raises(SystemExit) as end:
-        study.main()
-    assert end.value.code == 2 and wrong.split("=")[0] in capsys.readouterr().err
-
-
-def test_the_recorded_study_is_whole(capsys):
-    result = load_result(NAME)
-    said = capsys.readouterr().out
-    assert all(result[key] in said for key in ("date", "machine", "command"))
-    text = (files("rlora_lab") / "records" / f"{NAME}.json").read_text()
-    assert not any(f'"{root}/' in text or f" {root}/" in text for root in ("", "/home", "/root"))
-    assert result["complete"] and result["command"].startswith("python -m rlora_lab.study")
-    assert result["config"]["defaults"] == chapter.DEFAULTS
+def test_the_recorded_study_is_whole():
+    result = load_evidence("study")
+    assert result["complete"] and result["config"]["defaults"] == chapter.DEFAULTS
     searched = [r for r in result["records"] if r["stage"] == "search"]
     assert [r["seed"] for r in searched] == list(range(result["config"]["trials"]))
     assert not {r["seed"] for r in searched} & set(result["seeds"])
     assert all(r["adapter_parameters"] <= chapter.LARGEST for r in searched)
-    values = {r["trial"]: r["value"] for r in searched if r["state"] == "complete"}
-    assert result["best"] == {"trial": max(values, key=values.get), "value": max(values.values())}
-    best = next(r for r in searched if r["trial"] == result["best"]["trial"])
-    assert result["settings"] == study.rungs(best)
-    assert result["methods"] == list(study.rungs(best))
-    for method in result["methods"]:
-        scores = score_array(result, method)
-        assert scores.shape == (len(result["seeds"]), 10)
-        assert ((0 <= scores) & (scores <= 1)).all()
-    assert len(paired_difference(result, "best", "defaults")) == 3
+    best = best_trials(searched)[0]
+    ladder = load_plan()["study"].rungs(best)
+    assert result["methods"] == list(ladder)
+    for method, settings in ladder.items():
+        assert {str(r["settings"]) for r in chosen_records(result, method)} == {str(settings)}
     (again,) = (r for r in result["records"] if r["stage"] == "again")
     assert again["seed"] == best["seed"] and again["value"] == best["value"]  # it repeats
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -17,12 +15,13 @@ from rlora_lab.chapters import ch14_scarce_tasks as chapter
 from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
 from rlora_lab.models.methods import adapt
-from rlora_lab.report.results import load_result, paired_difference, score_array
+from rlora_lab.report.loading import chosen_records, load_evidence
 from rlora_lab.runs import scarce
+from rlora_lab.runs.plan import Run, load_plan, make_block, missing
+from rlora_lab.runs.worker import do_run, setting_of
 from rlora_lab.tasks.strings import LENGTH, SUITE_TASKS, Synthetic, draw
 
 CHAPTER = "14_scarce_tasks"
-NAME = "practice/scarce-tiny"
 
 
 # Drawing
@@ -199,109 +198,59 @@ def test_a_suite_augments_the_task_that_asks_for_it_alone():
 # The record
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Runs without training; the list of those that were made."""
-    made = []
-
-    def run(method, T, lr, seed, steps, test):
-        made.append((method, T, lr, seed, test))
-        if len(made) == 15:
-            raise KeyboardInterrupt
-        good = 0.5 + 0.1 * (lr == (0.005 if method == "lora" else 0.003))
-        record = {"seed": seed, "learning_rate": lr, "seconds": 0.0}
-        record["looks"] = [[steps, dict.fromkeys(chapter.SIZES, good)]]
-        if test:
-            score = {task: {"letters": good, "exact": 0.1} for task in chapter.SIZES}
-            record |= {"test": score, "stopped": steps, "test_stopped": score}
-        return record
-
-    def run_alone(stage, method, task, n, seed):
-        made.append((stage, method, task, n, seed))
-        return {"learning_rate": 5e-3, "letters": 0.5}
-
-    monkeypatch.setattr(scarce, "run", run)
-    monkeypatch.setattr(scarce, "run_alone", run_alone)
-    return made
-
-
-def test_the_record_goes_on_where_it_was_stopped(quick, tmp_path):
-    out, said = tmp_path / "runs" / "scarce.json", []
-    with pytest.raises(KeyboardInterrupt):
-        scarce.record_scarce(out, 2, 10, said.append)
-    half = json.loads(out.read_text())
-    assert not half["complete"] and len(half["records"]) == len(said) == 14
-    result = scarce.record_scarce(out, 2, 10, said.append)
-    assert result["complete"] and json.loads(out.read_text()) == result
-    assert len(quick) == len(set(quick)) + 1  # only the one in the middle ran again
-    stages = [record["stage"] for record in result["records"]]
-    counted = [stages.count(stage) for stage in ("sweep", "test", "augment", "start")]
-    assert counted == [2 * 3 * 2, 2 * 3 * 2, 3 * 4, 2 * 3 * 4]
-    assert result["command"] == "python -m rlora_lab.runs.scarce --seeds 2 --steps 10"
-    assert {m: lr for m, lr in result["chosen"].items() if m.endswith("T=1")} == {
-        "lora T=1": 0.005,
-        "rlora T=1": 0.003,
-    }
-    with pytest.raises(LabError, match="another config"):
-        scarce.record_scarce(out, 2, 11, said.append)
-    assert json.loads(out.read_text()) == result
-
-
-def test_a_file_of_something_else_is_refused_and_kept(tmp_path):
-    out = tmp_path / "other.json"
-    for text in ("not JSON", '{"records": []}', "[]"):
-        out.write_text(text)
-        with pytest.raises(LabError, match="no result of this command"):
-            scarce.record_scarce(out, 2, 5)
-        assert out.read_text() == text
-    assert [p.name for p in tmp_path.iterdir()] == ["other.json"]
-
-
-@pytest.mark.parametrize("wrong", ["--seeds=1", "--steps=2", "--steps=few"])
-def test_numbers_that_make_no_run_are_refused(wrong, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["scarce", wrong])
-    with pytest.raises(SystemExit) as end:
-        scarce.main()
-    assert end.value.code == 2 and wrong.split("=")[0] in capsys.readouterr().err
-
-
 def test_one_run_of_the_record_is_what_it_says():
-    record = scarce.run("rlora", 3.0, 5e-3, seed=1, steps=10, test=True)
+    values = load_plan()["scarce-3"].model_dump() | {"steps": 10}
+    block = make_block("scarce-3", values, "")
+    record = do_run(Run(block, "test", "rlora", 5e-3, 1))
     assert [step for step, _ in record["looks"]] == [2, 4, 6, 8, 10]
-    assert record["stopped"] in (2, 4, 6, 8, 10)
-    assert set(record["test"]) == set(record["test_stopped"]) == set(chapter.SIZES)
-    if record["stopped"] == 10:
-        assert record["test"] == record["test_stopped"]
-    json.dumps(record, allow_nan=False)
+    worst = {step: min(scores["letters"]) for step, scores in record["looks"]}
+    assert worst[record["stopped"]] == max(worst.values())
+    assert all(len(record["test"][m]) == len(chapter.SIZES) for m in ("letters", "exact"))
+    assert (record["test"] == record["test_stopped"]) or record["stopped"] < 10
+    assert setting_of(block, 1)["tasks"] == list(chapter.SIZES)
+    swept = do_run(Run(block, "sweep", "lora", 5e-3, 100))
+    assert swept["validation"] == swept["looks"][-1][1] and "test" not in swept
+    json.dumps([record, swept], allow_nan=False)
 
 
-def test_the_recorded_runs_are_whole(capsys):
-    result = load_result(NAME)
-    said = capsys.readouterr().out
-    assert all(result[key] in said for key in ("date", "machine", "command"))
-    text = (files("rlora_lab") / "records" / f"{NAME}.json").read_text()
-    assert not any(f'"{root}/' in text or f" {root}/" in text for root in ("", "/home", "/root"))
-    assert result["complete"] and result["command"].startswith("python -m rlora_lab.scarce")
-    assert result["config"]["sizes"] == chapter.SIZES
-    assert not set(result["seeds"]) & set(result["config"]["sweep_seeds"])
-    of_mixtures = [r for r in result["records"] if r["stage"] in ("sweep", "test")]
-    numbers = {r["method"].split()[0]: r["adapter_parameters"] for r in of_mixtures}
-    assert abs(numbers["lora"] / numbers["rlora"] - 1) < 0.02
-    for method in result["methods"]:
-        scores = score_array(result, method)
-        assert scores.shape == (len(result["seeds"]), 5)
-        assert ((0 <= scores) & (scores <= 1)).all()
-        name = method.split()[0]
-        swept = [r for r in result["records"] if r["stage"] == "sweep"]
-        swept = [r for r in swept if r["method"].split()[0] == name]
-        means = {}
-        for record in swept:
-            last = np.mean(list(record["looks"][-1][1].values()))
-            means.setdefault(record["learning_rate"], []).append(last)
-        best = max(means, key=lambda lr: np.mean(means[lr]))
-        assert result["chosen"][method] == best
-    assert len(paired_difference(result, "rlora T=3", "lora T=3")) == 3
-    alone = [r for r in result["records"] if r["stage"] in ("augment", "start")]
-    heads = [{k: r[k] for k in ("stage", "method", "task", "n", "seed")} for r in alone]
-    assert heads == scarce.tasks_alone()
-    assert all(0 <= r["letters"] <= 1 for r in alone)
+def test_ways_to_learn_a_task_alone(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def alone(task, n, seed, augment=None, start=None, steps=120, lr=5e-3):
+        asked.append((task, n, seed, augment, start, steps, lr))
+        return load_base("tiny").model
+
+    monkeypatch.setattr(scarce.chapter, "alone", alone)
+    monkeypatch.setattr(scarce, "lender", lambda task: f"from {task}")
+    plan = load_plan()
+    for name in ("scarce-augment", "scarce-start-min"):
+        for run in missing(plan, plan[name], {name: []})[0][:3]:
+            assert len(do_run(run)["test"]["letters"]) == 1
+    assert asked == [
+        ("rotate 2", 20, 0, None, None, 120, 5e-3),
+        ("rotate 2", 20, 0, chapter.rename, None, 120, 5e-3),
+        ("rotate 2", 20, 0, chapter.shuffle, None, 120, 5e-3),
+        ("running min", 20, 0, None, None, 120, 5e-3),
+        ("running min", 20, 0, None, "from largest", 120, 5e-3),
+        ("running min", 20, 0, None, "from rotate back", 120, 5e-3),
+    ]
+    assert scarce.LENDERS_SEED not in plan["scarce-start-min"].seeds
+
+
+def test_the_recorded_runs_are_whole():
+    plan = load_plan()
+    middle = load_evidence("scarce-3")
+    sweep = middle["sweeps"].items()
+    means = {m: {rate: np.mean([*v.values()]) for rate, v in rates.items()} for m, rates in sweep}
+    assert middle["chosen"] == {m: max(rates, key=rates.get) for m, rates in means.items()}
+    for T in ("1", "3", "inf"):
+        result = load_evidence(f"scarce-{T}")
+        assert result["complete"] and result["config"]["sizes"] == chapter.SIZES
+        assert result["chosen"] == middle["chosen"]
+        assert not set(result["seeds"]) & set(plan["scarce-3"].sweep_seeds)
+        numbers = [chosen_records(result, m)[0]["adapter_parameters"] for m in ("lora", "rlora")]
+        assert abs(numbers[0] / numbers[1] - 1) < 0.02
+        for r in result["records"]:
+            if r["stage"] == "test":
+                worst = {step: min(scores["letters"]) for step, scores in r["looks"]}
+                assert worst[r["stopped"]] == max(worst.values())

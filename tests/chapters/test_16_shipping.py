@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -18,13 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import typer
 from chapter_code import BOOK, chapter_code
 from peft import PeftModel, get_peft_model
 from rlora_helpers import anatomy, assert_unchanged, perturb
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
+from rlora_lab.__main__ import main
 from rlora_lab.chapters.ch16_shipping import place
 from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
@@ -562,7 +560,7 @@ def test_the_export_loads_in_stock_peft_with_equal_outputs(chapter, releases, tm
     assert load_file(tmp_path / "lora" / files.FILES[1])
 
 
-COMMAND = [sys.executable, "-m", "rlora_lab.serving.serve"]
+COMMAND = [sys.executable, "-m", "rlora_lab", "serve"]
 
 
 def test_the_command_serves_and_on_sigterm_answers_what_it_has_accepted(
@@ -596,28 +594,19 @@ def test_the_command_serves_and_on_sigterm_answers_what_it_has_accepted(
         chapter.call(port, "/health")
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_the_command_refuses_a_bad_release_and_says_which(releases, tmp_path, monkeypatch, capsys):
     copied = Path(shutil.copytree(releases, tmp_path / "releases"))
     whole = (copied / "v2" / files.FILES[1]).read_bytes()
     (copied / "v2" / files.FILES[1]).write_bytes(whole[:-1])
-    monkeypatch.setattr(sys, "argv", ["serve", str(copied)])
-    # as `python -m rlora_lab.serving.serve` does, in this process
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("rlora_lab.serving.serve", run_name="__main__")
-    assert end.value.code == 2
+    monkeypatch.setattr(sys, "argv", ["rlora_lab", "serve", str(copied)])
+    assert main() == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: v2 is refused") and "v1: checked and loaded" in said.out
 
 
-def test_the_command_explains_itself_and_refuses_an_empty_folder(tmp_path):
-    app = typer.Typer()
-    app.command()(serve.main)
-    shown = CliRunner().invoke(app, ["--help"])
-    assert shown.exit_code == 0 and "release" in shown.output
-    assert all(option in shown.output for option in ("--port", "--max-queue", "--max-prompt"))
+def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(LabError, match="no release"):
-        serve.main(tmp_path, threads=None)
+        serve.serve(tmp_path)
 
 
 # The page for people who decide, in two languages

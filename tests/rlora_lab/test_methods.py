@@ -10,6 +10,7 @@ from torch import nn
 
 from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
+from rlora_lab.models.hydralora import HydraLoraConfig
 from rlora_lab.models.methods import (
     METHODS,
     adapt,
@@ -20,8 +21,8 @@ from rlora_lab.models.methods import (
     rlora_size,
     target_shapes,
 )
-from rlora_lab.models.variants import VariantConfig, VariantLayer
 from rlora_lab.tasks.strings import Synthetic
+from rlora_min import RLoraConfig, RLoraLayer
 
 widths, small = st.integers(1, 4000), st.integers(1, 16)
 
@@ -97,7 +98,8 @@ def test_hydraloras_own_masks(many: bool, monkeypatch: pytest.MonkeyPatch):
     """h = W0 x + (alpha / r) sum_i g_i(x) B_i A D_i(x), a mask on x for each head, head by head."""
     N, r, p = 3, 4, 0.4
     base = nn.Sequential(nn.Linear(7, 5)).double()
-    config = VariantConfig(
+    own_type = HydraLoraConfig if many else RLoraConfig
+    config = own_type(
         r=r,
         num_heads=N,
         lora_alpha=6,
@@ -106,7 +108,6 @@ def test_hydraloras_own_masks(many: bool, monkeypatch: pytest.MonkeyPatch):
         init_heads="zeros",
         dropout_on="input",
         router_init="kaiming",
-        mask_per_head=many,
         target_modules=["0"],
     )
     W0, b = (parameter.detach().clone() for parameter in base[0].parameters())
@@ -120,7 +121,7 @@ def test_hydraloras_own_masks(many: bool, monkeypatch: pytest.MonkeyPatch):
     )
     drawn = []
 
-    def mask(x, p, training=True):  # one that is seen
+    def mask(x, p, training=True, inplace=False):  # one that is seen
         if not training:
             return x
         drawn.append(torch.bernoulli(0 * x + 1 - p) / (1 - p))
@@ -147,8 +148,8 @@ def test_hydraloras_own_masks(many: bool, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_masks_for_each_head_need_hydralora():
-    with pytest.raises(ValueError, match="mask_per_head needs init_heads='zeros'"):
-        VariantConfig(mask_per_head=True)
+    with pytest.raises(ValueError, match="HydraLoRA needs init_heads='zeros'"):
+        HydraLoraConfig()
 
 
 @pytest.mark.parametrize("method", ["mlora", "hydralora-own"])
@@ -165,10 +166,10 @@ def test_variants_are_saved_and_loaded(method: str, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     before, after = (m.peft_config["default"] for m in (model, loaded))
-    for name in ("rank_pattern", "mask_per_head", "r", "use_rslora"):
+    for name in ("peft_type", "rank_pattern", "r", "use_rslora"):
         assert getattr(before, name) == getattr(after, name)
     ranks = {
-        len(m.rlora_A["default"].weight) for m in loaded.modules() if isinstance(m, VariantLayer)
+        len(m.rlora_A["default"].weight) for m in loaded.modules() if isinstance(m, RLoraLayer)
     }
     assert ranks == ({4, 6} if method == "mlora" else {4})
 

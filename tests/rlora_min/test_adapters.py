@@ -70,8 +70,8 @@ def test_the_file_holds_every_tensor_of_the_adapter_and_no_other(kind, tmp_path)
         "A.weight",
         "B.weight",
         "router.weight",
-        "A0",
-        "B0",
+        "A0.weight",
+        "B0.weight",
     }
 
 

@@ -100,7 +100,7 @@ def test_forward_and_every_gradient_equal_a_loop_over_the_heads(case, training):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     with known_masks() as masks:
         h = model(x)
-    draws = training and (config.dropout_on == "heads" or config.lora_dropout > 0)
+    draws = training and config.lora_dropout > 0
     assert len(masks) == draws
     masked = {}
     if draws:
@@ -161,13 +161,14 @@ def test_state_is_named_and_shaped_as_promised_and_the_trained_part_counts_by_fo
         trained["rlora_router.default.weight"] = (N, d_in)
     frozen = {}
     if init_heads == "random":
-        frozen = {"rlora_A0.default": (r, d_in), "rlora_B0.default": (d_out, r)}
+        frozen = {"rlora_A0.default.weight": (r, d_in), "rlora_B0.default.weight": (d_out, r)}
     prefix = "base_model.model.0."
     shapes = {k.removeprefix(prefix): tuple(v.shape) for k, v in adapter_tensors(model).items()}
     assert shapes == trained | frozen
-    parameters = {n.removeprefix(prefix): p for n, p in model.named_parameters() if p.requires_grad}
-    assert parameters.keys() == trained.keys()
-    assert {n.removeprefix(prefix) for n, _ in model.named_buffers()} == frozen.keys()
+    parameters = {n.removeprefix(prefix): p for n, p in model.named_parameters()}
+    trains = {name for name, p in parameters.items() if p.requires_grad}
+    assert trains == trained.keys() and parameters.keys() >= frozen.keys()
+    assert not list(model.named_buffers())
     count = r * d_in + N * r * d_out + (N * d_in if router == "softmax" else 0)
     assert model.get_nb_trainable_parameters()[0] == count
 
@@ -374,7 +375,7 @@ def test_the_router_and_the_side_pair_see_the_input_undropped(dropout_on):
     t, c = tensors_of(layer), layer.configs["default"]
     x = torch.randn(3, 6, dtype=torch.float64)
     model.train()
-    with mock.patch.object(F, "dropout", lambda x, p=0.5, training=True: torch.zeros_like(x)):
+    with mock.patch.object(F, "dropout", lambda x, *args: torch.zeros_like(x)):
         h = model(x)  # every number dropped
     left = layer.base_layer(x) - c.scaling * (x @ t["A0"].T) @ t["B0"].T
     assert relative(h - left, left) < EXACT

@@ -59,7 +59,7 @@ def fixed_weights_output(model, inputs, weights: dict):
             for g_i, B_i in zip(g, heads, strict=True):
                 h = h + c.scaling * g_i * (x @ A.T @ B_i.T)
             if "default" in layer.rlora_A0:
-                h = h - c.scaling * x @ layer.rlora_A0["default"].T @ layer.rlora_B0["default"].T
+                h = h - c.scaling * layer.rlora_B0["default"](layer.rlora_A0["default"](x))
             return h
 
         handles.append(layer.register_forward_hook(hook))

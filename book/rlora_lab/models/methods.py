@@ -39,13 +39,13 @@ from ..errors import LabError
 from ..names import METHODS
 from ..tasks.suite import Suite
 from .bases import Base
-from .variants import VariantConfig
+from .hydralora import HydraLoraConfig
 
 _HYDRA = {"init_heads": "zeros", "dropout_on": "input", "router_init": "kaiming"}
 _LORA = {"lora": {}, "lora-classic": {"use_rslora": False}, "lora-rank": {}}
 _HEADS = {
     "hydralora": _HYDRA,
-    "hydralora-own": _HYDRA | {"use_rslora": False, "mask_per_head": True},
+    "hydralora-own": _HYDRA | {"use_rslora": False},  # and a mask a head
     "hydralora+dropout": _HYDRA | {"dropout_on": "heads"},
     "hydralora+init": {"dropout_on": "input"},
     "one-head": {"num_heads": 1, "router": "mean"},
@@ -124,9 +124,8 @@ def adapter_config(
         return LoraConfig(**shared | ranks | _LORA[method])
     settings = shared | {"num_heads": num_heads, "init_seed": init_seed} | _HEADS[method]
     if settings.get("router") == "mean":
-        return VariantConfig(**settings | equal_ranks(settings["num_heads"]))
-    own_type = VariantConfig if settings.get("mask_per_head") else RLoraConfig
-    return own_type(**settings)
+        settings |= equal_ranks(settings["num_heads"])
+    return HydraLoraConfig(**settings) if method == "hydralora-own" else RLoraConfig(**settings)
 
 
 def adapt(method: str, base: Base, suite: Suite, *, seed: int, **settings) -> PeftModel:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LabError
-from ..runs.plan import LAB, PLAN, RECORDS, Block, load_plan, missing, read_all, sweep
+from ..runs.plan import LAB, PLAN, RECORDS, Block, load_plan, missing, read_all, sweep, sweep_scores
 
 SCORES = ("validation", "test", "test_stopped")
 
@@ -80,7 +80,7 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
     chosen = {m: _tested_rate(plan, block, m, all_records) for m in methods}
     setting = settings[name][0]
     todo, later = missing(plan, block, all_records)
-    sweeps = {m: _sweep_scores(all_records[name], m, setting["metrics"][0]) for m in methods}
+    sweeps = {m: sweep_scores(all_records[name], m) for m in methods}
     seeds = [{r["seed"] for r in tested if r["method"] == m} for m in methods]
     sizes = [
         r["adapter_parameters"]
@@ -134,16 +134,6 @@ def _tested_rate(
     return best
 
 
-def _sweep_scores(records: list[dict], method: str, metric: str) -> dict[float, dict[int, float]]:
-    """`{rate: {seed: mean score over tasks on validation data}}`, rates rising."""
-    found: dict[float, dict[int, float]] = {}
-    for record in records:
-        if (record["method"], record["stage"]) == (method, "sweep"):
-            by_seed = found.setdefault(record["learning_rate"], {})
-            by_seed[record["seed"]] = float(np.mean(record["validation"][metric]))
-    return dict(sorted(found.items()))
-
-
 def _by_task(record: dict, tasks: Sequence[str]) -> dict:
     """A record whose scores are `{task: {metric: value}}`."""
     changed = dict.fromkeys(("validation", "test"))
@@ -156,15 +146,15 @@ def _by_task(record: dict, tasks: Sequence[str]) -> dict:
 
 def provenance(result: dict) -> str:
     """Where the numbers of a block come from: command, seeds, date, machine, versions."""
-    chosen = f"on validation data with seeds {_span(result['sweep_seeds'])}"
-    if not result["sweep_seeds"]:
-        chosen = "in another block"
+    chosen = "as the plan says"
+    if result["sweep_seeds"]:
+        chosen = f"chosen on validation data with seeds {_span(result['sweep_seeds'])}"
     state = "" if result["complete"] else ", not all of the plan yet"
     return (
         f"records/evidence/{result['config']['block']}.jsonl: {result['date']}, "
         f"{result['machine']}, {_versions(result, 'torch', 'transformers', 'peft')}\n"
         f"made by: {result['command']}{state}\n"
-        f"seeds on test data: {_span(result['seeds'])}; learning rates chosen {chosen}"
+        f"seeds on test data: {_span(result['seeds'])}; learning rates {chosen}"
     )
 
 

@@ -10,9 +10,9 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
+from statsmodels.stats.power import ttest_power
 
 from ..errors import LabError
 from .loading import chosen_records, score_array
@@ -27,18 +27,6 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
         return float(mean), float(mean), float(mean)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     return float(mean), float(low), float(high)
-
-
-def paired_difference(
-    result: dict, method: str, against: str, metric: str | None = None
-) -> tuple[float, float, float]:
-    """Mean over seeds of (mean score over tasks of `method` less that of `against`), with its
-    95 % interval: (mean, low, high). Both see the same training examples for one seed."""
-    seeds = [[r["seed"] for r in chosen_records(result, m)] for m in (method, against)]
-    if seeds[0] != seeds[1]:
-        raise LabError(f"{method} and {against} were not run on the same seeds: {seeds}")
-    scores = [score_array(result, m, metric).mean(1) for m in (method, against)]
-    return interval(scores[0] - scores[1])
 
 
 @dataclass(frozen=True)
@@ -75,9 +63,13 @@ def holm(p: Iterable[float]) -> np.ndarray:
 
 def detectable(spread: float, n: int, power: float = 0.8) -> float:
     """The smallest true mean of `n` differences of standard deviation `spread` that a two-sided t
-    test at 5 % finds with that power."""
-    size = TTestPower().solve_power(nobs=n, alpha=0.05, power=power)
-    return float(size) * float(spread)
+    test at 5 % finds, with its sign, with that power."""
+
+    def lacks(size: float) -> float:  # size: the true mean in standard deviations
+        return ttest_power(size, n, 0.025, alternative="larger") - power
+
+    enough = (2 * stats.t.ppf(0.975, n - 1) + 5) / n**0.5
+    return float(optimize.brentq(lacks, 0, enough)) * float(spread)
 
 
 def family(differences: dict[str, np.ndarray]) -> list[Contrast]:
@@ -107,7 +99,14 @@ def differences(
     tasks: Sequence[str] | None = None,
 ) -> np.ndarray:
     """For each seed, the mean score over tasks (all, or those named) of a method less that of the
-    other, in percentage points: (seeds,)."""
+    other, in percentage points: (seeds,). Both see the same training examples for one seed.
+
+    Raises:
+        LabError: an unknown method, or methods that were not run on the same seeds.
+    """
+    seeds = [[r["seed"] for r in chosen_records(result, m)] for m in (method, against)]
+    if seeds[0] != seeds[1]:
+        raise LabError(f"{method} and {against} were not run on the same seeds: {seeds}")
     tasks = result["tasks"] if tasks is None else tasks
     columns = [result["tasks"].index(task) for task in tasks]
     first, second = (score_array(result, m, metric)[:, columns].mean(1) for m in (method, against))

@@ -279,18 +279,16 @@ def load_plan(path: Path = PLAN) -> dict[str, Block]:
     return plan
 
 
-def validation_means(block: Block, method: str, records: Iterable[dict]) -> dict[float, float]:
-    """`{rate: mean validation score}` for the rates that all sweep seeds were run at, rising."""
-    scores: dict[float, dict[int, float]] = {}
+def sweep_scores(records: Iterable[dict], method: str) -> dict[float, dict[int, float]]:
+    """`{rate: {seed: mean score over tasks on validation data}}`, rates rising; of the metric to
+    choose by, which records hold first."""
+    found: dict[float, dict[int, float]] = {}
     for record in records:
         if (record["method"], record["stage"]) == (method, "sweep"):
-            first = next(iter(record["validation"].values()))  # the metric to choose by
-            scores.setdefault(record["learning_rate"], {})[record["seed"]] = np.mean(first)
-    return {
-        rate: float(np.mean([by_seed[seed] for seed in block.sweep_seeds]))
-        for rate, by_seed in sorted(scores.items())
-        if set(block.sweep_seeds) <= by_seed.keys()
-    }
+            by_task = next(iter(record["validation"].values()))
+            by_seed = found.setdefault(record["learning_rate"], {})
+            by_seed[record["seed"]] = float(np.mean(by_task))
+    return dict(sorted(found.items()))
 
 
 def _round(rate: float) -> float:
@@ -313,7 +311,11 @@ def sweep(
     rates = block.rates
     if len(rates) == 1:
         return (), rates[0]
-    means = validation_means(block, method, records[block.name])
+    means = {
+        rate: np.mean([by_seed[seed] for seed in block.sweep_seeds])
+        for rate, by_seed in sweep_scores(records[block.name], method).items()
+        if set(block.sweep_seeds) <= by_seed.keys()
+    }
     for left in reversed(range(block.extend + 1)):
         if not set(rates) <= means.keys():
             return rates, None

@@ -51,10 +51,13 @@ def remembered(records: list[dict]) -> optuna.storages.InMemoryStorage:
     for record in sorted(records, key=lambda record: record["seed"]):
         fixed = FixedTrial(record)
         chapter.suggest(fixed)  # tells the ranges that it was drawn from
+        value = record["value"]
+        if value is None:  # Optuna's value of a trial that was given up is the last that it saw
+            value = record["values"][-1][1]
         study.add_trial(
             create_trial(
                 state=TrialState[record["state"].upper()],
-                value=record["value"],
+                value=value,
                 params=fixed.params,
                 distributions=fixed.distributions,
                 intermediate_values=dict(record["values"]),

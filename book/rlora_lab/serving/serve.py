@@ -1,6 +1,6 @@
 """A small HTTP server for releases of an adapter; its parts are built in chapter 16.
 
-    python -m rlora_lab.serving.serve releases --port 8000
+    python -m rlora_lab serve releases --port 8000
 
 A release is a folder with the adapter's two files and `release.json`, which holds their hashes, a
 fingerprint of the base, and prompts with the answers to expect. The folder `releases` holds one
@@ -23,10 +23,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import torch
-import typer
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -233,29 +231,23 @@ def create_app(
     return app
 
 
-def main(
-    folder: Annotated[Path, typer.Argument(help="a folder for each release, and current.json")],
-    base: Annotated[str, typer.Option(help="tiny, a folder, or a hub id")] = "tiny",
-    host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port; 0 takes a free one", min=0)] = 8000,
-    window_ms: Annotated[float, typer.Option(help="wait for more requests", min=0)] = 5,
-    max_batch: Annotated[int, typer.Option(help="requests in one batch", min=1)] = 32,
-    max_queue: Annotated[int, typer.Option(help="requests that may wait", min=1)] = 64,
-    max_prompt: Annotated[
-        int | None, typer.Option(help="tokens of a prompt", min=1, show_default="as in create_app")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="tokens of an answer", min=1, show_default="as in create_app")
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="seconds until a request is given up")] = 30,
-    threads: Annotated[int | None, typer.Option(help="CPU threads", min=1)] = None,
+def serve(
+    folder: Path,
+    base: str = "tiny",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    window_ms: float = 5,
+    max_batch: int = 32,
+    max_queue: int = 64,
+    max_prompt: int | None = None,
+    max_tokens: int | None = None,
+    timeout: float = 30,
 ) -> None:
     """Check and load every release of a folder, and serve them until SIGTERM or Ctrl-C.
 
-    Requests that were accepted are answered before it ends.
+    Requests that were accepted are answered before it ends. The options are those of
+    `python -m rlora_lab serve`.
     """
-    if threads:
-        torch.set_num_threads(threads)
     loaded = load_base(base)
     model: nn.Module = loaded.model.requires_grad_(False)
     tokenizer, own = loaded.tokenizer or Characters(), fingerprint(model)
@@ -279,11 +271,3 @@ def main(
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn ends with, once it is done
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=int(timeout) + 1)
-
-
-if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

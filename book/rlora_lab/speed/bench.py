@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
@@ -114,7 +114,8 @@ class Runner:
     """One method of one case: its model, its input, and its record."""
 
     def __init__(self, method: str, base: Qwen2Model, case: Case, device: str) -> None:
-        self.case, self.device = case, device
+        self.case = case
+        self.device = device
         self.model = make_model(method, base, case)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
@@ -279,12 +280,10 @@ class Speed:
                 )
         self.result |= {key: earlier[key] for key in ("roof", "records")}
 
-    def _done(self, case: Case) -> bool:
-        return any(Case.of(record) == case for record in self.result["records"])
-
     def run(self, console: Console) -> dict:
         """Do what is not done yet, and return the result, complete."""
-        missing = [case for case in self.wanted if not self._done(case)]
+        done = {Case.of(record) for record in self.result["records"]}
+        missing = [case for case in self.wanted if case not in done]
         if not shutil.which("c++") and any(case.compiled for case in missing):
             console.print("no C++ compiler here: torch.compile is not measured")
             missing = [case for case in missing if not case.compiled]
@@ -292,8 +291,7 @@ class Speed:
         first = next(iter(self.wanted))
         for dtype in {case.dtype for case in missing} - self.result["roof"].keys():
             self.result["roof"][dtype] = measure_roof(self.device, DTYPES[dtype])
-        columns = TextColumn("{task.description:52}"), BarColumn(), MofNCompleteColumn()
-        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        with Progress(console=console) as progress:
             bar = progress.add_task("", total=sum(case.rounds for case in missing))
             for case in missing:
                 progress.update(bar, description=f"{case.study}: {case.words(first)}")
