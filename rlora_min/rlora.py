@@ -454,7 +454,7 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
 
     By adapter name, it holds `rlora_A` (r, d_in), `rlora_B` (d_out, N r) with head B_i in columns
     i r to (i + 1) r - 1, `rlora_router` (N, d_in), and the frozen pair `rlora_A0` (r, d_in) and
-    `rlora_B0` (d_out, r): each an `nn.Linear` without bias. `rlora_dropout` are `nn.Dropout`s.
+    `rlora_B0` (d_out, r): each an `nn.Linear` without bias; and `rlora_dropout`, an `nn.Dropout`.
     """
 
     adapter_layer_names = ("rlora_A", "rlora_B", "rlora_router")
