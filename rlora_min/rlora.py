@@ -373,9 +373,14 @@ def _expected_shapes(config: RLoraConfig, shapes: Mapping[str, tuple]) -> dict[s
 
 
 def _is_dense(weight: object) -> bool:
-    """Whether it is a plain tensor of floats: not sharded, quantized or offloaded."""
+    """Whether it is a plain tensor of floats: not sharded, not quantized."""
     plain = type(weight) is nn.Parameter or type(weight) is Tensor
-    return plain and weight.is_floating_point() and not weight.is_meta
+    return plain and weight.is_floating_point()
+
+
+def _is_here(weight: object) -> bool:
+    """Whether it is such a tensor and has values: not offloaded."""
+    return _is_dense(weight) and not weight.is_meta
 
 
 def _is_plain(part: nn.Module) -> bool:
@@ -660,7 +665,7 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         tensors = {}
         for name, part in self._parts(adapter_name).items():
             tensors[name] = part.weight
-            if not _is_dense(part.weight):
+            if not _is_here(part.weight):
                 raise ValueError(f"{name} of '{adapter_name}' must be a whole, dense tensor here.")
         tensors.pop("W_r", None)
         return lora_of_fixed_weights(**tensors, g=weights, s=self.configs[adapter_name].scaling)
@@ -685,7 +690,7 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.rlora_A]
         weight = getattr(self.get_base_layer(), "weight", None)
-        if not _is_dense(weight) or weight.dtype.itemsize < 2:
+        if not _is_here(weight) or weight.dtype.itemsize < 2:
             kind = f"{type(weight).__name__} of {getattr(weight, 'dtype', 'packed numbers')}"
             raise ValueError(f"A base weight that is a {kind} can't be merged into: export_lora.")
         deltas = [self.get_delta_weight(name).to(weight) for name in names]
@@ -1173,7 +1178,7 @@ def export_lora(
         tensors[f"{prefix}{path}.lora_A.weight"] = A
         tensors[f"{prefix}{path}.lora_B.weight"] = B
     for key, tensor in tensors.items():
-        if not _is_dense(tensor):
+        if not _is_here(tensor):
             raise ValueError(f"{key} must be a whole, dense tensor, to be exported.")
         tensors[key] = tensor.cpu().contiguous().clone()
     config = _lora_config(model.peft_config[adapter_name], layers, pairs)
