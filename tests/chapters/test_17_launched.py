@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from chapter_code import chapter_values, write_files
 from one_step import far
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from test_17_many_devices import chapter_configs, written_by_the_chapter
 from torch.nn.functional import cosine_similarity
 from torch.optim import SGD
 from torch.utils.data import default_collate
@@ -21,6 +21,7 @@ from two_processes import run_two
 
 from rlora_lab.models.bases import load_base
 
+CHAPTER = "17_many_devices"
 ON_CPUS = """
 import os, runpy, sys
 from accelerate import state
@@ -57,14 +58,14 @@ CONFIGS = [
 def written(tmp_path_factory) -> Path:
     """The chapter's files."""
     folder = tmp_path_factory.mktemp("launched")
-    written_by_the_chapter(folder)
+    write_files(CHAPTER, folder)
     common = (folder / "common.py").read_text()
     # In bf16, and so not as far off the start as in float64: the sum would be rounding.
     for old, new in ((".double()", ""), ("moved=0.1", "moved=0.01")):
         assert common.count(old) == 1
         common = common.replace(old, new)
     (folder / "common.py").write_text(common)
-    for name, text in chapter_configs().items():
+    for name, text in chapter_values(CHAPTER, "CONFIGS").items():
         (folder / name).write_text(text)
     (folder / "on_cpus.py").write_text(ON_CPUS)
     (folder / "one_step_of_it.py").write_text(ONE_STEP)
