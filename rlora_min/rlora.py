@@ -383,17 +383,20 @@ def _is_here(weight: object) -> bool:
     return _is_dense(weight) and not weight.is_meta
 
 
+def _is_bare(module: nn.Module) -> bool:
+    """Whether nothing is around it: calling it does what its class does."""
+    hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    return not hooked and "forward" not in module.__dict__
+
+
 def _is_plain(part: nn.Module) -> bool:
     """Whether calling this part would do no more than multiply by its weight."""
-    if type(part) is not nn.Linear or "forward" in part.__dict__:
-        return False
-    hooked = (
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-    )
-    if hooked:
+    if type(part) is not nn.Linear or part.bias is not None or not _is_bare(part):
         return False
     return "weight" in part._parameters and _is_dense(part._parameters["weight"])
 
@@ -610,7 +613,8 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         parts = self._parts(adapter_name)
         x = self._cast_input_dtype(x, _dtype_of(parts["A"], x))
         mask = self.rlora_dropout[adapter_name]
-        if type(mask) is nn.Dropout and (mask.p == 0 or not mask.training):
+        idle = type(mask) is nn.Dropout and (mask.p == 0 or not mask.training)
+        if idle and _is_bare(mask):
             mask = None
         if _has_any_global_hook() or not all(map(_is_plain, parts.values())):
             return self._called_update(x, parts, mask, config)
@@ -677,10 +681,17 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
             why = "its softmax router weights the heads anew for each token"
             raise ValueError(f"'{adapter_name}' can't be merged: {why}. Use rlora_min.export_lora.")
         N = config.num_heads
-        A, B = self.lora_pair(adapter_name, torch.full((N,), 1 / N))
+        A, B = self.lora_pair(adapter_name, torch.full((N,), 1 / N, dtype=torch.float64))
         if isinstance(self.get_base_layer(), Conv1D):
             return (B @ A).T
         return B @ A
+
+    def check_mergeable(self) -> None:
+        """A ValueError if the base weight can't be merged into."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if not _is_dense(weight) or weight.dtype.itemsize < 2:
+            kind = f"{type(weight).__name__} of {getattr(weight, 'dtype', 'packed numbers')}"
+            raise ValueError(f"A base weight that is a {kind} can't be merged into: export_lora.")
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -689,10 +700,8 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         ValueError: a softmax router, or a base weight that is not a dense one of 16 bits or more.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.rlora_A]
-        weight = getattr(self.get_base_layer(), "weight", None)
-        if not _is_here(weight) or weight.dtype.itemsize < 2:
-            kind = f"{type(weight).__name__} of {getattr(weight, 'dtype', 'packed numbers')}"
-            raise ValueError(f"A base weight that is a {kind} can't be merged into: export_lora.")
+        self.check_mergeable()
+        weight = self.get_base_layer().weight
         deltas = [self.get_delta_weight(name).to(weight) for name in names]
         if safe_merge:
             merged = weight.clone()
@@ -790,6 +799,13 @@ class RLoraModel(BaseTuner):
                 f"each: {left_out}.",
                 stacklevel=2,
             )
+
+    def _check_merge_allowed(self) -> None:
+        # PEFT calls it before the first layer is merged, when weights may still be offloaded.
+        super()._check_merge_allowed()
+        for layer in self.model.modules():
+            if isinstance(layer, RLoraLayer):
+                layer.check_mergeable()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         trained = [weakref.ref(p) for p in model.parameters() if p.requires_grad]
