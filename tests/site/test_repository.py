@@ -212,10 +212,11 @@ def test_the_readme_claims_what_was_run():
 
 
 def test_what_was_not_run_is_marked():
-    was_run = {"python": "3.11", "torch": PINS["torch"]}
+    pythons = {classifier.rpartition(" ")[2] for classifier in PROJECT["classifiers"]}
+    was_run = {"python": pythons, "torch": {PINS["torch"]}}
     for path in WORKFLOWS:
         for name, job in yaml.safe_load(path.read_text())["jobs"].items():
             matrix = job.get("strategy", {}).get("matrix", {})
             tried = matrix.get("include", [{"python": p} for p in matrix.get("python", [])])
-            if any(was_run | case != was_run for case in tried):
+            if any(value not in was_run[key] for case in tried for key, value in case.items()):
                 assert "not yet run" in job["name"] and job["continue-on-error"], name
