@@ -315,7 +315,7 @@ def test_what_a_tool_hands_over_without_the_side_pair_is_saved_with_it(seeded, t
     """The Trainer under ZeRO-3 hands over what is trained; sharded, the pair is drawn again."""
     kind = KINDS["llama"]
     seed = {"init_seed": 3} if seeded else {}
-    model = adapt(kind.base(), kind.targets, init_weights=True, **seed)
+    model = adapt(kind.base(), kind.targets, **seed)
     train(model, [kind.inputs(seed) for seed in range(2)])
     whole = get_peft_model_state_dict(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
