@@ -6,7 +6,7 @@ STAMP := .venv/.rlora-installed
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadscope -n 2
 
 .PHONY: help book test browser serve execute address bench evidence evidence-quick
-.PHONY: test-oldest test-newest test-colab linkcheck preview smollm2 clean
+.PHONY: test-oldest test-newest test-colab test-integrations linkcheck preview smollm2 clean
 
 # After ##, what `make help` says: the time, the disk that stays taken, what it does.
 .DEFAULT_GOAL := help
@@ -68,6 +68,22 @@ test-colab: export OMP_NUM_THREADS = 1
 test-colab: export HF_HUB_OFFLINE = 1
 test-colab: $(STAMP) ## 15 minutes | none | runs each chapter alone, where there is only what Colab has
 	$(BIN)/pytest -m "" -v -n 2 tests/site/test_colab.py
+
+# The packages that people put around an adapter, beside the torch of .venv, which stays as it is:
+# each is installed alone, and what it imports by name. DeepSpeed compiles a little, in C++.
+INTEGRATIONS := $(CURDIR)/.venv-integrations
+test-integrations: export OMP_NUM_THREADS = 1
+test-integrations: export HF_HUB_OFFLINE = 1
+test-integrations: export DS_BUILD_OPS = 0
+test-integrations: export TORCH_EXTENSIONS_DIR = $(INTEGRATIONS)/extensions
+test-integrations: export PATH := $(INTEGRATIONS)/bin:$(PATH)
+test-integrations: $(STAMP) ## 5 minutes | 0.2 GB | trains in TRL, DeepSpeed, torchao, Opacus and others
+	$(BIN)/python tests/site/environments.py $(INTEGRATIONS) pip 'rlora-min[lab,book,test]'
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps --no-build-isolation \
+		-r tests/integrations/requirements.txt -e .
+	$(INTEGRATIONS)/bin/python -m pip check
+	$(INTEGRATIONS)/bin/python -m pytest -v -m integrations -n 2 --dist loadscope \
+		tests/integrations tests/chapters/test_17_launched.py
 
 # Whether the addresses that the book names answer, which needs the network. `make test` looks at
 # the links within the book.

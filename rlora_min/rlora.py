@@ -373,22 +373,30 @@ def _expected_shapes(config: RLoraConfig, shapes: Mapping[str, tuple]) -> dict[s
 
 
 def _is_dense(weight: object) -> bool:
-    """Whether it is a plain tensor of floats: not sharded, quantized or offloaded."""
+    """Whether it is a plain tensor of floats: not sharded, not quantized."""
     plain = type(weight) is nn.Parameter or type(weight) is Tensor
-    return plain and weight.is_floating_point() and not weight.is_meta
+    return plain and weight.is_floating_point()
+
+
+def _is_here(weight: object) -> bool:
+    """Whether it is such a tensor and has values: not offloaded."""
+    return _is_dense(weight) and not weight.is_meta
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether nothing is around it: calling it does what its class does."""
+    hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    return not hooked and "forward" not in module.__dict__
 
 
 def _is_plain(part: nn.Module) -> bool:
     """Whether calling this part would do no more than multiply by its weight."""
-    if type(part) is not nn.Linear or "forward" in part.__dict__:
-        return False
-    hooked = (
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-    )
-    if hooked:
+    if type(part) is not nn.Linear or part.bias is not None or not _is_bare(part):
         return False
     return "weight" in part._parameters and _is_dense(part._parameters["weight"])
 
@@ -418,12 +426,43 @@ def _frozen(weight: Tensor) -> nn.Linear:
     return part
 
 
+def _draw(config: RLoraConfig, path: str, A: Tensor, B: Tensor, W_r: Tensor | None) -> None:
+    """Draws an adapter in place, after `init_seed` if there is one."""
+    generator = None
+    if config.init_seed is not None:  # a stream for each module, whatever the others draw
+        digest = hashlib.sha256(f"{config.init_seed}:{path}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5), generator=generator)
+    if config.init_heads != "zeros":
+        draw_table_1(A, B, config.gamma, generator)
+    else:
+        kaiming(A)
+        if config.init_weights:
+            B.zero_()
+        else:
+            kaiming(B)
+    if config.init_heads == "centered" and config.init_weights:
+        B -= mean_head(B, config.r).repeat(1, config.num_heads)
+    if W_r is not None:
+        if config.router_init == "zeros" and config.init_weights:
+            W_r.zero_()
+        else:
+            kaiming(W_r)
+
+
+def _start_of(config: RLoraConfig, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The side pair of an adapter as drawn."""
+    if config.init_weights:
+        return A.clone(), mean_head(B, config.r)
+    return torch.zeros_like(A), torch.zeros_like(B[:, : config.r])
+
+
 class RLoraLayer(nn.Module, BaseTunerLayer):
     """A linear map with R-LoRA adapters around it: (..., d_in) -> (..., d_out).
 
     By adapter name, it holds `rlora_A` (r, d_in), `rlora_B` (d_out, N r) with head B_i in columns
     i r to (i + 1) r - 1, `rlora_router` (N, d_in), and the frozen pair `rlora_A0` (r, d_in) and
-    `rlora_B0` (d_out, r): each an `nn.Linear` without bias. `rlora_dropout` are `nn.Dropout`s.
+    `rlora_B0` (d_out, r): each an `nn.Linear` without bias; and `rlora_dropout`, an `nn.Dropout`.
     """
 
     adapter_layer_names = ("rlora_A", "rlora_B", "rlora_router")
@@ -471,48 +510,36 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         self.rlora_B[adapter_name] = nn.Linear(N * r, self.out_features, **how)
         if config.router == "softmax":
             self.rlora_router[adapter_name] = nn.Linear(self.in_features, N, **how)
-        if not self.rlora_A[adapter_name].weight.is_meta:  # else a checkpoint follows
-            self._draw(adapter_name, config, path)
+        A = self.rlora_A[adapter_name].weight.detach()
+        B = self.rlora_B[adapter_name].weight.detach()
+        if not A.is_meta:  # else a checkpoint follows
+            W_r = None
+            if config.router == "softmax":
+                W_r = self.rlora_router[adapter_name].weight.detach()
+            _draw(config, path, A, B, W_r)
         if config.init_heads == "random":
-            self._add_side_pair(adapter_name, config)
+            A0, B0 = _start_of(config, A, B)
+            self.rlora_A0[adapter_name] = _frozen(A0)
+            self.rlora_B0[adapter_name] = _frozen(B0)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @torch.no_grad()
-    def _draw(self, adapter_name: str, config: RLoraConfig, path: str) -> None:
-        generator = None
-        if config.init_seed is not None:  # a stream for each module, whatever the others draw
-            digest = hashlib.sha256(f"{config.init_seed}:{path}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-        kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5), generator=generator)
-        A = self.rlora_A[adapter_name].weight
-        B = self.rlora_B[adapter_name].weight
-        if config.init_heads != "zeros":
-            draw_table_1(A, B, config.gamma, generator)
-        else:
-            kaiming(A)
-            if config.init_weights:
-                B.zero_()
-            else:
-                kaiming(B)
-        if config.init_heads == "centered" and config.init_weights:
-            B -= mean_head(B, config.r).repeat(1, config.num_heads)
-        if config.router == "softmax":
-            W_r = self.rlora_router[adapter_name].weight
-            if config.router_init == "zeros" and config.init_weights:
-                W_r.zero_()
-            else:
-                kaiming(W_r)
+    def side_pair(self, adapter_name: str, path: str) -> tuple[Tensor, Tensor] | None:
+        """A0 (r, d_in) and Bbar0 (d_out, r), drawn again where they are sharded and a seed is set.
 
-    @torch.no_grad()
-    def _add_side_pair(self, adapter_name: str, config: RLoraConfig) -> None:
-        A0 = self.rlora_A[adapter_name].weight.detach().clone()
-        B0 = mean_head(self.rlora_B[adapter_name].weight.detach(), config.r)
-        if not config.init_weights:
-            A0.zero_()
-            B0.zero_()
-        self.rlora_A0[adapter_name] = _frozen(A0)
-        self.rlora_B0[adapter_name] = _frozen(B0)
+        None where they can't be had; `path` is the module's name in the base model.
+        """
+        config = self.configs[adapter_name]
+        A0 = self.rlora_A0[adapter_name].weight.detach()
+        B0 = self.rlora_B0[adapter_name].weight.detach()
+        if A0.shape == (config.r, self.in_features) and not A0.is_meta:
+            return A0, B0
+        if config.init_seed is None:
+            return None
+        A = torch.empty(config.r, self.in_features)
+        B = torch.empty(self.out_features, config.num_heads * config.r)
+        _draw(config, path, A, B, W_r=None)
+        return _start_of(config, A, B)
 
     def _move_adapter_to_device_of_base_layer(
         self,
@@ -586,7 +613,8 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         parts = self._parts(adapter_name)
         x = self._cast_input_dtype(x, _dtype_of(parts["A"], x))
         mask = self.rlora_dropout[adapter_name]
-        if type(mask) is nn.Dropout and (mask.p == 0 or not mask.training):
+        idle = type(mask) is nn.Dropout and (mask.p == 0 or not mask.training)
+        if idle and _is_bare(mask):
             mask = None
         if _has_any_global_hook() or not all(map(_is_plain, parts.values())):
             return self._called_update(x, parts, mask, config)
@@ -641,7 +669,7 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         tensors = {}
         for name, part in self._parts(adapter_name).items():
             tensors[name] = part.weight
-            if not _is_dense(part.weight):
+            if not _is_here(part.weight):
                 raise ValueError(f"{name} of '{adapter_name}' must be a whole, dense tensor here.")
         tensors.pop("W_r", None)
         return lora_of_fixed_weights(**tensors, g=weights, s=self.configs[adapter_name].scaling)
@@ -653,10 +681,17 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
             why = "its softmax router weights the heads anew for each token"
             raise ValueError(f"'{adapter_name}' can't be merged: {why}. Use rlora_min.export_lora.")
         N = config.num_heads
-        A, B = self.lora_pair(adapter_name, torch.full((N,), 1 / N))
+        A, B = self.lora_pair(adapter_name, torch.full((N,), 1 / N, dtype=torch.float64))
         if isinstance(self.get_base_layer(), Conv1D):
             return (B @ A).T
         return B @ A
+
+    def check_mergeable(self) -> None:
+        """A ValueError if the base weight can't be merged into."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if not _is_dense(weight) or weight.dtype.itemsize < 2:
+            kind = f"{type(weight).__name__} of {getattr(weight, 'dtype', 'packed numbers')}"
+            raise ValueError(f"A base weight that is a {kind} can't be merged into: export_lora.")
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -665,10 +700,8 @@ class RLoraLayer(nn.Module, BaseTunerLayer):
         ValueError: a softmax router, or a base weight that is not a dense one of 16 bits or more.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.rlora_A]
-        weight = getattr(self.get_base_layer(), "weight", None)
-        if not _is_dense(weight) or weight.dtype.itemsize < 2:
-            kind = f"{type(weight).__name__} of {getattr(weight, 'dtype', 'packed numbers')}"
-            raise ValueError(f"A base weight that is a {kind} can't be merged into: export_lora.")
+        self.check_mergeable()
+        weight = self.get_base_layer().weight
         deltas = [self.get_delta_weight(name).to(weight) for name in names]
         if safe_merge:
             merged = weight.clone()
@@ -767,6 +800,13 @@ class RLoraModel(BaseTuner):
                 stacklevel=2,
             )
 
+    def _check_merge_allowed(self) -> None:
+        # PEFT calls it before the first layer is merged, when weights may still be offloaded.
+        super()._check_merge_allowed()
+        for layer in self.model.modules():
+            if isinstance(layer, RLoraLayer):
+                layer.check_mergeable()
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         trained = [weakref.ref(p) for p in model.parameters() if p.requires_grad]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -793,7 +833,31 @@ class RLoraModel(BaseTuner):
         if injected is not None:
             injected.values = _hash(self.model, adapter_name)
 
-    # ------------------------------------------------ loading
+    # ------------------------------------------------ saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, *args, **kwargs):
+        # Some tools hand over what is trained alone; an adapter without its side pair is none.
+        state_dict = dict(state_dict)
+        for path, layer in model.named_modules():
+            if not isinstance(layer, RLoraLayer) or adapter_name not in layer.rlora_A0:
+                continue
+            path = path.replace("_fsdp_wrapped_module.", "")
+            keys = [f"{path}.{part}.{adapter_name}.weight" for part in ("rlora_A0", "rlora_B0")]
+            if state_dict.keys() >= set(keys):
+                continue
+            pair = layer.side_pair(adapter_name, path.removeprefix("base_model.model."))
+            if pair is None:
+                warnings.warn(
+                    f"The frozen tensors {keys} are sharded and were left out, so this file can't "
+                    "be loaded. Set init_seed, and they are drawn again.",
+                    stacklevel=2,
+                )
+            else:
+                state_dict |= dict(zip(keys, pair, strict=True))
+        return super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kwargs
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -1130,7 +1194,7 @@ def export_lora(
         tensors[f"{prefix}{path}.lora_A.weight"] = A
         tensors[f"{prefix}{path}.lora_B.weight"] = B
     for key, tensor in tensors.items():
-        if not _is_dense(tensor):
+        if not _is_here(tensor):
             raise ValueError(f"{key} must be a whole, dense tensor, to be exported.")
         tensors[key] = tensor.cpu().contiguous().clone()
     config = _lora_config(model.peft_config[adapter_name], layers, pairs)

@@ -20,8 +20,15 @@ def kind(request):
     return KINDS[request.param]
 
 
-# What one worker does alone, because it is made once for all its tests: the built site, packages.
-TOGETHER = {"test_book.py": "site", "test_browser.py": "site", "test_repository.py": "packages"}
+# What one worker does alone, because it is made once for all its tests: the built site, packages,
+# a run of two processes.
+TOGETHER = {
+    "test_17_launched.py": "launched",
+    "test_book.py": "site",
+    "test_browser.py": "site",
+    "test_kinds_sharded.py": "sharded",
+    "test_repository.py": "packages",
+}
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -59,3 +59,21 @@ def cell_code(notebook: str, name: str) -> SimpleNamespace:
     defines = re.compile(rf"^(def|class) {name}\(|^{name} = ", re.M)
     holder = next(source for source in others if defines.search(source))
     return _run(notebook, [set_up, holder], (), {})
+
+
+def write_files(notebook: str, folder: Path) -> None:
+    """What the chapter's `%%writefile` cells write."""
+    for source in chapter_sources(notebook):
+        found = re.match(r"%%writefile (-a )?(\w+\.py)\n", source)
+        if found:
+            with (folder / found[2]).open("a" if found[1] else "w") as file:
+                file.write(source[found.end() :] + "\n")
+
+
+def chapter_values(notebook: str, name: str) -> dict:
+    """A dictionary that one cell makes and others fill."""
+    found = vars(cell_code(notebook, name))[name]
+    for source in chapter_sources(notebook):
+        if source.startswith(f'{name}["'):
+            exec(source, {name: found})
+    return found

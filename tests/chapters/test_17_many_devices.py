@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from chapter_code import cell_code, chapter_sources
+from chapter_code import cell_code, chapter_values, write_files
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -23,7 +23,6 @@ from rlora_lab.models.bases import load_base
 from rlora_lab.tasks.strings import Synthetic
 
 CHAPTER = "17_many_devices"
-SOURCES = chapter_sources(CHAPTER)
 ENVIRONMENT = os.environ | {
     "ACCELERATE_USE_CPU": "true",
     "CUDA_VISIBLE_DEVICES": "",
@@ -73,13 +72,6 @@ accelerator.end_training()
 """
 
 
-def written_by_the_chapter(folder: Path) -> None:
-    for source in SOURCES:
-        if found := re.match(r"%%writefile (-a )?(\w+\.py)\n", source):
-            with (folder / found[2]).open("a" if found[1] else "w") as file:
-                file.write(source[found.end() :] + "\n")
-
-
 def launch(folder: Path, *arguments: str, **environment: str) -> tuple[int, float, str]:
     """The chapter's own `launch`, in a folder."""
     with pytest.MonkeyPatch.context() as patch:
@@ -93,7 +85,7 @@ def launch(folder: Path, *arguments: str, **environment: str) -> tuple[int, floa
 def folder(tmp_path_factory) -> Path:
     """The chapter's files, after `prove.py` in two processes and its references in one."""
     folder = tmp_path_factory.mktemp("devices")
-    written_by_the_chapter(folder)
+    write_files(CHAPTER, folder)
     code, _, written = launch(folder, "prove.py")
     assert code == 0, written
     run = subprocess.run(
@@ -250,21 +242,13 @@ def test_a_model_without_blocks_is_not_cut(folder, monkeypatch):
         shard(model, None)
 
 
-def chapter_configs() -> dict[str, str]:
-    found = cell_code(CHAPTER, "CONFIGS").CONFIGS
-    more = [s for s in SOURCES if s.startswith('CONFIGS["')]
-    for source in more:
-        exec(source, {"CONFIGS": found})
-    return found
-
-
 @pytest.mark.parametrize("name", ["ddp.yaml", "two_nodes.yaml", "fsdp.yaml", "zero3.yaml"])
 def test_accelerate_reads_the_configurations(name, tmp_path, monkeypatch):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     path = tmp_path / name
-    path.write_text(chapter_configs()[name])
+    path.write_text(chapter_values(CHAPTER, "CONFIGS")[name])
     parser = launch_command_parser()
     arguments = parser.parse_args(["--config_file", str(path), "train.py"])
     arguments, config, _ = _validate_launch_command(arguments)
@@ -285,7 +269,7 @@ def test_accelerates_fsdp_plugin_takes_the_values(tmp_path, monkeypatch):
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     path = tmp_path / "fsdp.yaml"
-    path.write_text(chapter_configs()["fsdp.yaml"])
+    path.write_text(chapter_values(CHAPTER, "CONFIGS")["fsdp.yaml"])
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
     arguments, _, _ = _validate_launch_command(arguments)
     arguments.main_process_port = 0  # any that is free

@@ -346,6 +346,13 @@ def test_a_rate_is_not_chosen_anew(tmp_path: Path):
         evidence(tmp_path, plan)
 
 
+def test_scores_come_by_seed_wherever_their_records_stand(tmp_path: Path):
+    result = evidence(tmp_path, make_up(tmp_path, a={}))
+    scores = score_array(result, "rlora")
+    result["records"] = result["records"][::-1]
+    assert np.array_equal(score_array(result, "rlora"), scores)
+
+
 def test_gains_on_related_and_different_tasks(tmp_path: Path):
     plan = make_up(tmp_path, far={"rlora": 0.2}, near={"rlora": 0.05})
     far, near = (evidence(tmp_path, plan, name) for name in ("far", "near"))

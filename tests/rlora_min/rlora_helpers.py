@@ -25,6 +25,8 @@ from rlora_min import RLoraConfig, RLoraLayer
 STRICT = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # torch's advice to who runs the first release of Python 3.13
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
     # transformers 5.24 calls it `cache`, which 4.56 does not know
     pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
 ]

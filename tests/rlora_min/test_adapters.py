@@ -308,3 +308,26 @@ def test_injected_without_a_peft_model_it_is_the_same_adapter(bias):
     assert not result.unexpected_keys
     inputs = kind.inputs()
     assert torch.equal(evaluated(injected, inputs), evaluated(wrapped, inputs))
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_what_a_tool_hands_over_without_the_side_pair_is_saved_with_it(seeded, tmp_path):
+    """The Trainer under ZeRO-3 hands over what is trained; sharded, the pair is drawn again."""
+    kind = KINDS["llama"]
+    seed = {"init_seed": 3} if seeded else {}
+    model = adapt(kind.base(), kind.targets, **seed)
+    train(model, [kind.inputs(seed) for seed in range(2)])
+    whole = get_peft_model_state_dict(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(tmp_path / "handed over", state_dict=trained)
+    saved = load_file(tmp_path / "handed over" / "adapter_model.safetensors")
+    assert same_tensors(saved, whole)
+    for layer in layers_of(model):
+        for part in (layer.rlora_A0, layer.rlora_B0):
+            part["default"].weight.data = torch.empty(0)  # as a partitioned parameter looks
+    if seeded:
+        assert same_tensors(get_peft_model_state_dict(model, state_dict=trained), whole)
+    else:
+        with pytest.warns(UserWarning, match="rlora_A0.default.weight.*Set init_seed"):
+            left = get_peft_model_state_dict(model, state_dict=trained)
+        assert left.keys() == {name for name in whole if "_A0." not in name and "_B0." not in name}

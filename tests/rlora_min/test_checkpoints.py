@@ -199,8 +199,8 @@ def test_work_on_an_adapter_made_from_a_saved_config_is_not_lost(
                 parameter.data.sub_(0.01)  # torch's counter of versions does not see it
     before = anatomy(model)
     for spoil, words in ((spoilt(A, torch.nan), "finite"), (reshaped(A, (4, 11)), "4, 11")):
-        state = get_peft_model_state_dict(model)
-        spoil(state := {k: v.clone() for k, v in state.items()})
+        state = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+        spoil(state)
         with pytest.raises(ValueError, match=f"2.rlora_A.*{words}"):
             set_peft_model_state_dict(model, state)
         assert_unchanged(model, before)

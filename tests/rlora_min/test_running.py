@@ -278,6 +278,24 @@ def test_on_the_meta_device_nothing_is_drawn():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_on_the_meta_device_the_work_can_be_counted():
+    """Packed there too: one product down, one up."""
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(4, 5))
+        model = get_peft_model(base, RLoraConfig(target_modules=["0"]))
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+            return func(*args, **kwargs or {})
+
+    with Products() as products:
+        model(torch.empty(3, 4, device="meta"))
+    assert products.count == 3  # the base's own, and two
+
+
 class Lines(torch.utils.data.Dataset):
     def __init__(self, size=16):
         generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,8 @@ def copy(tmp_path) -> Path:
 
 
 def make_address(copy: Path, url: str) -> subprocess.CompletedProcess:
-    command = ["make", "address", f"URL={url}"]
+    # Called by another make, as in `make test`, it would tell of folders between the lines.
+    command = ["make", "--no-print-directory", "address", f"URL={url}"]
     return subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
 
 

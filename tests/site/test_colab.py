@@ -24,8 +24,8 @@ WHEELS = Path(sys.prefix) / "wheels"
 QUICKEST = min(CHAPTERS, key=lambda path: read(path).metadata["rlora_book"]["seconds"])
 
 # Of what Colab has, what chapters use. Its PEFT is left out: pip must bring one that is new enough.
-COLAB = """accelerate datasets fastapi ipykernel ipython matplotlib numpy pandas pip rich
-scikit-learn scipy sqlalchemy torch tqdm transformers typer uvicorn""".split()
+COLAB = """accelerate datasets fastapi ipykernel ipython jinja2 matplotlib numpy pandas pip pydantic
+rich scikit-learn scipy sqlalchemy statsmodels torch tqdm transformers typer uvicorn""".split()
 # Says what stands here before the set-up cell, and what the chapter has used after it.
 BEFORE = """from importlib.util import find_spec
 assert not any(map(find_spec, ["peft", "rlora_min", "rlora_lab"])), "not fresh"

@@ -1,0 +1,91 @@
+"""bitsandbytes: on a base of 4 or 8 bits a step is that of the plain layer with its numbers."""
+
+import copy
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from one_step import assert_same_step, far, one_step
+from rlora_helpers import KINDS, METHODS, adapt, layers_of, output, perturb
+from torch import nn
+
+pytestmark = pytest.mark.integrations
+SIZES = {"hidden_size": 64, "intermediate_size": 128}  # its blocks have 64 numbers
+TARGETS = KINDS["llama"].targets
+
+
+def replaced(model: nn.Module, kind: type, make) -> nn.Module:
+    """The model with its linear layers of this kind made anew; the head is left, as is usual."""
+    for path, module in list(model.named_modules()):
+        if type(module) is kind and ("proj" in path) and "rlora" not in path:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, make(module))
+    return model
+
+
+def in_4_bits(linear: nn.Linear) -> Linear4bit:
+    how = {"bias": False, "compute_dtype": torch.float32, "quant_type": "nf4"}
+    made = Linear4bit(linear.in_features, linear.out_features, **how)
+    made.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    return made.to("cpu")  # which quantizes
+
+
+def from_4_bits(linear: Linear4bit) -> nn.Linear:
+    return dense(dequantize_4bit(linear.weight.data, linear.weight.quant_state))
+
+
+def in_8_bits(linear: nn.Linear) -> Linear8bitLt:
+    how = {"bias": False, "has_fp16_weights": False, "threshold": 0.0}
+    made = Linear8bitLt(linear.in_features, linear.out_features, **how)
+    made.weight = Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    return made.to("cpu")
+
+
+def from_8_bits(linear: Linear8bitLt) -> nn.Linear:
+    scales = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
+    return dense(int8_vectorwise_dequant(linear.weight.data, scales))
+
+
+def dense(weight: torch.Tensor) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    made.weight = nn.Parameter(weight.float(), requires_grad=False)
+    return made
+
+
+KIND = {
+    "4 bits": (Linear4bit, in_4_bits, from_4_bits, 1e-4),
+    # Inputs are rounded to eight bits as well.
+    "8 bits": (Linear8bitLt, in_8_bits, from_8_bits, 0.1),
+}
+
+
+def quantized(bits: str, method: str) -> nn.Module:
+    kind, make, _, _ = KIND[bits]
+    base = replaced(KINDS["llama"].base(initializer_range=0.2, **SIZES), nn.Linear, make)
+    settings = {"init_seed": 0} | METHODS[method] | {"lora_dropout": 0.0}
+    model = perturb(adapt(base, TARGETS, **settings), scale=0.05)
+    assert all(type(layer.get_base_layer()) is kind for layer in layers_of(model))
+    return model
+
+
+@pytest.mark.parametrize("bits", KIND)
+@pytest.mark.parametrize("method", ["rlora", "mlora", "hydralora"])
+def test_a_step(method, bits):
+    kind, _, undo, bound = KIND[bits]
+    model, inputs = quantized(bits, method), KINDS["llama"].inputs(batch=4)
+    plain = replaced(copy.deepcopy(model), kind, undo)
+    assert_same_step(one_step(model, inputs), one_step(plain, inputs), bound)
+
+
+@pytest.mark.parametrize("bits", KIND)
+@pytest.mark.parametrize("safe", [False, True])
+def test_merging_is_refused_before_anything_changed(bits, safe):
+    model, inputs = quantized(bits, "mlora"), KINDS["llama"].inputs()
+    with torch.no_grad():
+        before = output(model, inputs)
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match="can't be merged into: export_lora"):
+                merge(safe_merge=safe)
+            assert not any(layer.merged for layer in layers_of(model))
+        assert far(output(model, inputs), before) == 0

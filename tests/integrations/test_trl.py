@@ -1,0 +1,295 @@
+"""TRL's trainers: a step of each is the step that its loss, written out here, takes on the layer.
+
+TRL does three things to an adapter: it casts what trains to bf16 on a quantized base, it copies the
+parameters of an adapter that is trained on to a second one, "ref", and DPO and KTO set every
+`nn.Dropout` to zero.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
+from one_step import LR, WIDE, Step, adapter_of, assert_same_step, far, one_step
+from peft import LoraConfig, PeftModel, get_peft_model
+from rlora_helpers import KINDS, METHODS, perturb
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+from rlora_min import RLoraConfig
+
+pytestmark = [
+    pytest.mark.integrations,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+TARGETS = list(KINDS["llama"].targets)
+PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8", "w9"]
+GOOD = [" w10 w11", " w12 w13 w14", " w15", " w16 w17"]
+BAD = [" w18", " w19 w20", " w21 w22 w23", " w24 w25"]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(1, 29))]
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def settings(folder: Path) -> dict:
+    """One step of plain gradient descent with all examples, and TRL's defaults for the rest."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "optim": "sgd",
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+    }
+
+
+def trained_step(trainer) -> tuple[dict, Step]:
+    """The batch, and the trainer's one step; its loss stands for the output."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.model
+    before = {name: p.detach().clone() for name, p in adapter_of(model).items()}
+    gradients = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            trained = {name: p for name, p in adapter_of(model).items() if p.grad is not None}
+            gradients.update({name: p.grad.clone() for name, p in trained.items()})
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    moved = {name: p.detach() - before[name] for name, p in adapter_of(model).items()}
+    (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return batch, Step(torch.tensor(loss), gradients, moved)
+
+
+def plain_step(model: nn.Module, batch: dict, loss: Callable[[nn.Module, dict], Tensor]) -> Step:
+    """The same by hand."""
+    return one_step(model, batch, run=loss, loss=lambda out: out)
+
+
+# Preferences
+
+
+def dataset(method: str) -> Dataset:
+    if method == "DPO":
+        return Dataset.from_dict({"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD})
+    completions = [GOOD[0], BAD[1], GOOD[2], BAD[3]]
+    labels = [True, False, True, False]
+    return Dataset.from_dict({"prompt": PROMPTS, "completion": completions, "label": labels})
+
+
+TRAINERS = {"DPO": (DPOTrainer, DPOConfig), "KTO": (KTOTrainer, KTOConfig)}
+BETA = 0.1  # TRL's default for both
+
+
+def log_probabilities(model: nn.Module, batch: dict) -> Tensor:
+    """Of each row's completion, summed over its tokens."""
+    ids, counted = batch["input_ids"], batch["completion_mask"][:, 1:]
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+    each = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return (each * counted).sum(1)
+
+
+def ratios(model: nn.Module, batch: dict) -> Tensor:
+    """ln of policy over reference, where the reference is the policy as it starts."""
+    logs = log_probabilities(model, batch)
+    return logs - logs.detach()
+
+
+def dpo_loss(model: nn.Module, batch: dict) -> Tensor:
+    good, bad = ratios(model, batch).chunk(2)
+    return -F.logsigmoid(BETA * (good - bad)).mean()
+
+
+def kto_loss(model: nn.Module, batch: dict) -> Tensor:
+    sign = torch.tensor([1.0 if label else -1.0 for label in batch["label"]])
+    return (1 - torch.sigmoid(BETA * sign * ratios(model, batch))).mean()
+
+
+LOSSES = {"DPO": (dpo_loss, math.log(2)), "KTO": (kto_loss, 0.5)}
+
+
+def adapted(method: str) -> PeftModel:
+    """With dropout by default, which TRL switches off; "lora", a control, is PEFT's own."""
+    base = KINDS["llama"].base(**WIDE["llama"])
+    if method == "lora":
+        config = LoraConfig(target_modules=TARGETS, init_lora_weights=False, lora_dropout=0.1)
+        return get_peft_model(base, config)
+    config = RLoraConfig(target_modules=TARGETS, init_seed=0, **METHODS[method])
+    return perturb(get_peft_model(base, config))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("method", ["lora", "rlora", "centered", "mlora", "hydralora"])
+def test_the_reference_of_a_trained_adapter_is_its_copy(method, trainer, tmp_path):
+    model = adapted(method)
+    plain = copy.deepcopy(model)
+    make, config = TRAINERS[trainer]
+    made = make(
+        model=model,
+        args=config(**settings(tmp_path)),
+        train_dataset=dataset(trainer),
+        processing_class=tokenizer(),
+    )
+    parameters = dict(model.named_parameters())
+    copies = [name for name in parameters if ".default." in name]
+    assert copies
+    for name in copies:
+        assert parameters[name.replace(".default.", ".ref.")].equal(parameters[name]), name
+    batch, step = trained_step(made)
+
+    loss, at_the_start = LOSSES[trainer]
+    assert step.output.item() == pytest.approx(at_the_start, abs=1e-5)
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = plain_step(plain, batch, loss)
+    reference = {name: p for name, p in step.moved.items() if ".ref." in name}
+    assert reference and all(moved.abs().max() == 0 for moved in reference.values())
+    step.moved = {name: p for name, p in step.moved.items() if ".ref." not in name}
+    # In fp32, and TRL sums the vocabulary in pieces.
+    assert_same_step(step, expected, bound=1e-3)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("on", ["heads", "input"])
+def test_dropout_is_switched_off_in_training_and_not_in_the_file(on, trainer, tmp_path):
+    config = RLoraConfig(target_modules=TARGETS, lora_dropout=0.5, dropout_on=on)
+    model = perturb(get_peft_model(KINDS["llama"].base(**WIDE["llama"]), config)).train()
+    inputs = KINDS["llama"].inputs()
+    assert far(model(**inputs).logits, model(**inputs).logits) > 0.01
+    make, arguments = TRAINERS[trainer]
+    make(
+        model=model,
+        args=arguments(**settings(tmp_path)),
+        train_dataset=dataset(trainer),
+        processing_class=tokenizer(),
+    )
+    assert model.train()(**inputs).logits.equal(model(**inputs).logits)
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert saved["lora_dropout"] == 0.5
+
+
+# A quantized base
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    sizes = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes has blocks of 64
+    KINDS["llama"].base(initializer_range=0.2, **sizes).save_pretrained(folder)
+    return folder
+
+
+def in_4_bit(folder: Path) -> nn.Module:
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how, device_map="cpu", dtype=torch.bfloat16
+    )
+    assert any(isinstance(module, Linear4bit) for module in base.modules())
+    return base
+
+
+def in_full(model: nn.Module) -> nn.Module:
+    """The plain model: the same numbers, dense and in fp32, the adapter's too."""
+    plain = copy.deepcopy(model)
+    for path, module in list(plain.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight = module.weight
+            whole = dequantize_4bit(weight.data, weight.quant_state).float()
+            dense = nn.Linear(module.in_features, module.out_features, bias=False)
+            dense.weight = nn.Parameter(whole, requires_grad=False)
+            parent, _, name = path.rpartition(".")
+            setattr(plain.get_submodule(parent), name, dense)
+    return plain.float()
+
+
+def sft_loss(model: nn.Module, batch: dict) -> Tensor:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def sft(base: nn.Module, config, folder: Path) -> SFTTrainer:
+    texts = [prompt + good for prompt, good in zip(PROMPTS, GOOD, strict=True)]
+    return SFTTrainer(
+        model=base,
+        args=SFTConfig(**settings(folder)),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "rlora", "centered", "mlora", "hydralora"])
+def test_fine_tuning_on_4_bits(method, base_folder, tmp_path):
+    if method == "lora":
+        config = LoraConfig(target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM")
+    else:
+        off = {"lora_dropout": 0.0, "init_seed": 0, "task_type": "CAUSAL_LM"}
+        if METHODS[method].get("init_heads") == "zeros":
+            off["router_init"] = "kaiming"
+        config = RLoraConfig(target_modules=TARGETS, **METHODS[method] | off)
+    trainer = sft(in_4_bit(base_folder), config, tmp_path)
+    perturb(trainer.model, scale=0.05)
+    trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert trained == {torch.bfloat16}
+    # TRL replaces a forward, which a copy of its model would share: the plain one is made anew.
+    plain = get_peft_model(in_4_bit(base_folder), config)
+    for name, p in adapter_of(trainer.model).items():
+        adapter_of(plain)[name].data = p.data.clone()
+    full = in_full(plain)
+    batch, step = trained_step(trainer)
+    # The same operations, but for the last product, which TRL takes in pieces.
+    assert_same_step(step, plain_step(plain, batch, sft_loss), bound=1e-3)
+    # And what bf16, of 8 bits, leaves of a step in fp32 with the same numbers.
+    expected = plain_step(full, batch, sft_loss)
+    assert far(step.output, expected.output) < 0.01
+    for name, gradient in expected.gradients.items():
+        assert far(step.gradients[name], gradient) < 0.15, name
+
+
+@pytest.mark.parametrize("heads", ["random", "centered"])
+def test_the_start_on_4_bits_is_the_base_up_to_bf16(heads, base_folder, tmp_path):
+    config = RLoraConfig(
+        target_modules=TARGETS, init_heads=heads, init_seed=0, task_type="CAUSAL_LM"
+    )
+    model = sft(in_4_bit(base_folder), config, tmp_path).model.eval()
+    inputs = KINDS["llama"].inputs()
+    with torch.no_grad():
+        start = model(**inputs).logits
+        with model.disable_adapter():
+            base = model(**inputs).logits
+    assert 0 < far(start, base) < 0.02

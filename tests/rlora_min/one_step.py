@@ -1,0 +1,89 @@
+"""One training step as a comparison: what a tool does to a model, and the plain layer beside it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rlora_helpers import KINDS, METHODS, adapt, output, perturb
+from torch import Tensor, nn
+
+LR = 1.0  # of plain gradient descent
+# Weights so wide that every part of the adapter gets a gradient well above rounding.
+WIDE = {"llama": {"initializer_range": 0.4}}
+# What tools put into the names of a model's parameters.
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "_module.")
+
+
+@dataclass
+class Step:
+    """What a step was, by the names that the plain model has."""
+
+    output: Tensor
+    gradients: dict[str, Tensor]  # of what trains in the adapter
+    moved: dict[str, Tensor]  # after less before: the whole adapter, the side pair included
+
+
+def plain_name(name: str) -> str:
+    name = name.removeprefix("module.")  # of DDP and DeepSpeed
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def trains(name: str) -> bool:
+    """Whether it is trained, as all of an adapter is but the side pair."""
+    return ".rlora_A0." not in name and ".rlora_B0." not in name
+
+
+def adapter_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter, the side pair included; or of PEFT's LoRA, as a control."""
+    named = {plain_name(name): p for name, p in model.named_parameters()}
+    return {name: p for name, p in named.items() if "lora_" in name}
+
+
+def case(method: str = "rlora", kind: str = "llama", dtype=torch.float64, **settings):
+    """A small model with an adapter off its start and no dropout, and a batch for it.
+
+    In float64, so that rounding hides nothing, where a tool allows it.
+    """
+    base = KINDS[kind].base(**WIDE.get(kind, {})).to(dtype)
+    settings = {"init_seed": 0} | METHODS[method] | {"lora_dropout": 0.0} | settings
+    model = perturb(adapt(base, KINDS[kind].targets, **settings))
+    return model, KINDS[kind].inputs(batch=4, dtype=dtype)
+
+
+def loss_of(out: Tensor) -> Tensor:
+    return out.square().mean()
+
+
+def one_step(model: nn.Module, inputs, run: Callable = output, loss: Callable = loss_of) -> Step:
+    """Trains the model by one step."""
+    model.train()
+    adapter = adapter_of(model)
+    before = {name: p.detach().clone() for name, p in adapter.items()}
+    trained = {name: p for name, p in adapter.items() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=LR)
+    out = run(model, inputs)
+    loss(out).backward()
+    gradients = {name: p.grad.detach().clone() for name, p in trained.items()}
+    optimizer.step()
+    moved = {name: p.detach() - before[name] for name, p in adapter.items()}
+    return Step(out.detach(), gradients, moved)
+
+
+def far(one: Tensor, other: Tensor) -> float:
+    """How far apart, in units of the other's length."""
+    difference = one.detach().double() - other.detach().double()
+    return (difference.norm() / other.detach().double().norm()).item()
+
+
+def assert_same_step(found: Step, plain: Step, bound: float = 1e-9) -> None:
+    """Output, gradients and what moved agree; the step moved all that trains, and not the pair."""
+    assert found.gradients.keys() == plain.gradients.keys() and plain.gradients
+    assert found.moved.keys() == plain.moved.keys() >= plain.gradients.keys()
+    assert far(found.output, plain.output) < bound
+    for name, gradient in plain.gradients.items():
+        assert far(found.gradients[name], gradient) < bound, name
+        assert far(found.moved[name], plain.moved[name]) < bound, name
+    for name in plain.moved.keys() - plain.gradients.keys():
+        assert found.moved[name].abs().max() == 0 == plain.moved[name].abs().max(), name

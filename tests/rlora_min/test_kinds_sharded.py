@@ -1,0 +1,197 @@
+"""Sharded by torch and by accelerate, in two processes: a step equals the plain layer's.
+
+This file is also the script that the two processes run. Each case shards the same small model,
+gives each rank half of the batch, takes a step, and brings the adapter together again.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
+from one_step import LR, Step, adapter_of, assert_same_step, case, loss_of, one_step, trains
+from peft.utils.other import fsdp_auto_wrap_policy
+from rlora_helpers import layers_of, output
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import CustomPolicy
+from two_processes import in_shares, read, run_two, shares, write
+
+PARTS = ("rlora_A", "rlora_B", "rlora_router", "rlora_A0", "rlora_B0")
+BF16 = torch.bfloat16
+
+
+# What the two processes do
+
+
+def parts_and_blocks(model: nn.Module) -> CustomPolicy:
+    """Each part of an adapter is a unit, of whatever dtype, trained or not; and so is a block."""
+    parts = set()
+    for layer in layers_of(model):
+        for name in PARTS:
+            parts |= set(getattr(layer, name).values())
+    blocks = set(model.get_base_model()._no_split_modules)
+    return CustomPolicy(lambda module: module in parts or type(module).__name__ in blocks)
+
+
+def fsdp1(model: nn.Module, policy: Callable, use_orig_params: bool) -> nn.Module:
+    how = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
+    return FSDP(model, auto_wrap_policy=policy(model), **how)
+
+
+def whole_fsdp1(model: nn.Module) -> dict[str, Tensor]:
+    with FSDP.summon_full_params(model, writeback=False):
+        return {name: p.detach().clone() for name, p in adapter_of(model).items()}
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    names = model.get_base_model()._no_split_modules
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def fsdp2(model: nn.Module, parts: bool = False, **how) -> nn.Module:
+    for layer in layers_of(model) if parts else ():
+        for name in PARTS:
+            for part in getattr(layer, name).values():
+                fully_shard(part, **how)
+    for block in blocks_of(model):
+        fully_shard(block, **how)
+    return fully_shard(model, **how)
+
+
+def loaded_by_accelerate(model: nn.Module) -> nn.Module:
+    """Rank 0 has the weights, as with `accelerate launch` by default; the others anything."""
+    main = dist.get_rank() == 0
+    full = {name: t.clone() if main else t * torch.nan for name, t in model.state_dict().items()}
+    buffers = dict(model.named_buffers())
+    model = fsdp2(model.to("meta"))
+    fsdp2_load_full_state_dict(SimpleNamespace(is_main_process=main), model, full)
+    for name, buffer in buffers.items():  # in no state dict, and so put back, as accelerate does
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(own, buffer, persistent=False)
+    return model
+
+
+def whole_fsdp2(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().full_tensor() for name, p in adapter_of(model).items()}
+
+
+def sharded_step(model: nn.Module, share: dict, whole: Callable) -> Step:
+    """A step of both ranks. What moved is LR times the gradient, so that is read off from it."""
+    model.train()
+    before = whole(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+    out = output(model, share)
+    loss_of(out).backward()
+    optimizer.step()
+    outputs = [torch.empty_like(out) for _ in range(2)]
+    dist.all_gather(outputs, out.detach().contiguous())
+    moved = {name: p - before[name] for name, p in whole(model).items()}
+    gradients = {name: -p / LR for name, p in moved.items() if trains(name)}
+    return Step(torch.cat(outputs), gradients, moved)
+
+
+@dataclass
+class Case:
+    wrap: Callable[[nn.Module], nn.Module]
+    whole: Callable[[nn.Module], dict[str, Tensor]]
+    base: torch.dtype = torch.float64
+    plain: torch.dtype | None = None  # that all parameters have in the model to compare with
+
+
+def blocks(model: nn.Module) -> CustomPolicy:
+    """A policy that does not know of adapters; FSDP 1 takes it with original parameters."""
+    names = set(model.get_base_model()._no_split_modules)
+    return CustomPolicy(lambda module: type(module).__name__ in names)
+
+
+FLAT = partial(fsdp1, use_orig_params=False)
+ORIGINAL = partial(fsdp1, use_orig_params=True)
+IN_BF16 = MixedPrecisionPolicy(param_dtype=BF16)
+CASES = {
+    "FSDP 1, flat": Case(partial(FLAT, policy=fsdp_auto_wrap_policy), whole_fsdp1),
+    "FSDP 1, original": Case(partial(ORIGINAL, policy=fsdp_auto_wrap_policy), whole_fsdp1),
+    "FSDP 1, flat, fp32": Case(
+        partial(FLAT, policy=fsdp_auto_wrap_policy), whole_fsdp1, torch.float32
+    ),
+    "FSDP 1, flat, bf16": Case(partial(FLAT, policy=parts_and_blocks), whole_fsdp1, BF16),
+    "FSDP 1, original, bf16": Case(partial(ORIGINAL, policy=parts_and_blocks), whole_fsdp1, BF16),
+    "FSDP 1, original, blocks": Case(partial(ORIGINAL, policy=blocks), whole_fsdp1),
+    "FSDP 2, blocks": Case(fsdp2, whole_fsdp2),
+    "FSDP 2, parts and blocks": Case(partial(fsdp2, parts=True), whole_fsdp2),
+    "FSDP 2, bf16": Case(fsdp2, whole_fsdp2, BF16),
+    "FSDP 2, mixed": Case(
+        partial(fsdp2, mp_policy=IN_BF16), whole_fsdp2, torch.float32, plain=BF16
+    ),
+    "FSDP 2, loaded by accelerate": Case(loaded_by_accelerate, whole_fsdp2),
+}
+
+
+def work(folder: Path) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    for name, each in CASES.items():
+        model, inputs = case(dtype=each.base)
+        step = sharded_step(each.wrap(model), shares(inputs)[rank], each.whole)
+        write(step, folder / f"{name}, {rank}.safetensors")
+    model, inputs = case()
+    step = sharded_step(fsdp2(model), shares(inputs)[0], whole_fsdp2)  # rank 1 has rank 0's share
+    write(step, folder / f"wrong, {rank}.safetensors")
+    model, _ = case(dtype=BF16)
+    try:
+        FLAT(model, policy=fsdp_auto_wrap_policy)
+    except ValueError as error:
+        (folder / f"refused, {rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
+
+
+# What they wrote, against one process
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    run_two(Path(__file__), folder, folder=folder)
+    return folder
+
+
+def plain_step(each: Case) -> Step:
+    model, inputs = case(dtype=each.base)
+    for p in model.parameters():
+        p.data = p.data.to(each.plain or p.dtype)
+    step = one_step(model, inputs, in_shares)
+    if each.plain:  # its own step is rounded to that; the weights that are sharded are not
+        step.moved |= {name: -LR * gradient for name, gradient in step.gradients.items()}
+    return step
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_that_of_one_process(folder, name, rank):
+    each = CASES[name]
+    # The two shares' gradients are summed in another order; in fp32 that shows.
+    bound = 1e-9 if each.base == torch.float64 else 1e-4
+    assert_same_step(read(folder / f"{name}, {rank}.safetensors"), plain_step(each), bound)
+
+
+def test_a_wrong_share_is_seen(folder):
+    with pytest.raises(AssertionError):
+        assert_same_step(read(folder / "wrong, 0.safetensors"), plain_step(CASES["FSDP 2, blocks"]))
+
+
+def test_fsdp_1_refuses_a_block_of_two_dtypes(folder):
+    # PEFT's policy leaves what is frozen in the block's unit: a base in bf16, the pair in fp32.
+    for rank in (0, 1):
+        assert "uniform dtype" in (folder / f"refused, {rank}.txt").read_text()

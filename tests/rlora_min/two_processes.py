@@ -1,0 +1,77 @@
+"""Two processes on this machine that talk by gloo, which never outlive their test."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+from one_step import Step
+from rlora_helpers import output
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+}
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def run_two(
+    script: Path, *arguments: str | Path, folder: Path, launcher=TORCHRUN, limit=180, **environment
+) -> str:
+    """Run a script in two processes that find the tests' helpers; what they wrote.
+
+    AssertionError: they failed. TimeoutExpired: they took longer than `limit` seconds.
+    """
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, "-m", *launcher, script, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | QUIET | {"PYTHONPATH": path} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        written, _ = process.communicate(timeout=limit)
+    except BaseException:
+        # The launcher's children are in sessions of their own.
+        started = psutil.Process(process.pid).children(recursive=True)
+        for each in (process, *started):
+            each.kill()
+        raise
+    assert process.returncode == 0, written
+    return written
+
+
+def shares(inputs: dict) -> list[dict]:
+    """The batch of each rank."""
+    return [{key: value[i : i + 2] for key, value in inputs.items()} for i in (0, 2)]
+
+
+def in_shares(model: nn.Module, inputs: dict) -> Tensor:
+    """The output of one process, computed in the ranks' shares: as they round, it rounds."""
+    return torch.cat([output(model, share) for share in shares(inputs)])
+
+
+def write(step: Step, path: Path) -> None:
+    tensors = {"output": step.output}
+    tensors |= {f"gradients {name}": t for name, t in step.gradients.items()}
+    tensors |= {f"moved {name}": t for name, t in step.moved.items()}
+    save_file({key: t.contiguous() for key, t in tensors.items()}, path)
+
+
+def read(path: Path) -> Step:
+    tensors = load_file(path)
+    groups = {"gradients": {}, "moved": {}}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition(" ")
+        if name:
+            groups[group][name] = tensor
+    return Step(tensors["output"], **groups)
