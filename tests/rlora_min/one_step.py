@@ -8,6 +8,7 @@ from rlora_helpers import KINDS, METHODS, adapt, output, perturb
 from torch import Tensor, nn
 
 LR = 1.0  # of plain gradient descent
+PARTS = ("rlora_A", "rlora_B", "rlora_router", "rlora_A0", "rlora_B0")
 # Weights so wide that every part of the adapter gets a gradient well above rounding.
 WIDE = {"llama": {"initializer_range": 0.4}}
 # What tools put into the names of a model's parameters.

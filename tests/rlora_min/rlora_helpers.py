@@ -1,6 +1,7 @@
 """Tiny bases of every supported kind, and the few verbs that the tests of `rlora_min` share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -42,15 +43,16 @@ METHODS = {
 }
 
 
+SIZES = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=VOCABULARY)
+
+
 def llama(layers: int = 2, **settings) -> PreTrainedModel:
-    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=VOCABULARY)
-    settings = sizes | dict(num_hidden_layers=layers, num_key_value_heads=1) | settings
-    return LlamaForCausalLM(LlamaConfig(**settings, pad_token_id=0, eos_token_id=None))
+    own = dict(num_hidden_layers=layers, num_key_value_heads=1, pad_token_id=0, eos_token_id=None)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | own | settings))
 
 
 def qwen2() -> PreTrainedModel:
-    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=VOCABULARY)
-    return Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=1, **sizes))
+    return Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=1, **SIZES))
 
 
 def gpt2(layers: int = 2) -> PreTrainedModel:
@@ -58,9 +60,8 @@ def gpt2(layers: int = 2) -> PreTrainedModel:
 
 
 def bert() -> PreTrainedModel:
-    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=VOCABULARY)
     # A test that switches dropout off could not reach this one in transformers 4: it is no module.
-    config = BertConfig(num_hidden_layers=2, attention_probs_dropout_prob=0, **sizes)
+    config = BertConfig(num_hidden_layers=2, attention_probs_dropout_prob=0, **SIZES)
     return BertForSequenceClassification(config)
 
 
@@ -96,6 +97,7 @@ KINDS = {
     "bert": Kind(bert, ("query", "value", "output.dense")),
     "sequential": Kind(sequential, ("0", "2"), token=False),
 }
+LLAMA, SEQUENTIAL = KINDS["llama"], KINDS["sequential"]
 
 
 def adapt(base: nn.Module, targets, adapter_name: str = "default", seed: int = 1, **settings):
@@ -119,6 +121,12 @@ def layers_of(model: nn.Module) -> list[RLoraLayer]:
     return [module for module in model.modules() if isinstance(module, RLoraLayer)]
 
 
+def layer_paths(model: nn.Module) -> dict[str, RLoraLayer]:
+    """The adapted layers by their path in the base model."""
+    named = model.get_base_model().named_modules()
+    return {path: module for path, module in named if isinstance(module, RLoraLayer)}
+
+
 def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """Every tensor of an adapter, the side pair included, by its name in the state dict."""
     own = (f".{adapter_name}", f".{adapter_name}.weight")
@@ -136,7 +144,7 @@ def perturb(model: nn.Module, adapter_name: str = "default", seed: int = 5, scal
     return model
 
 
-def train(model: nn.Module, batches: Iterator, lr: float = 1e-2) -> nn.Module:
+def train(model: nn.Module, batches: Iterable, lr: float = 1e-2) -> nn.Module:
     """A step of AdamW for each batch, without weight decay, to make the outputs small."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -184,3 +192,41 @@ def assert_unchanged(model: nn.Module, before: dict) -> None:
             assert same_tensors(before[part], after[part]), part
         else:
             assert before[part] == after[part], part
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """What is tried inside leaves the model as it was."""
+    before = anatomy(model)
+    yield
+    assert_unchanged(model, before)
+
+
+def tensors_of(layer: RLoraLayer, name: str = "default") -> dict[str, Tensor]:
+    """A, the heads side by side, the router's and the side pair's, those that there are."""
+    dicts = {part: getattr(layer, f"rlora_{part}") for part in ("A", "B", "router", "A0", "B0")}
+    return {part: d[name].weight for part, d in dicts.items() if name in d}
+
+
+def equation(x, t: dict[str, Tensor], c: RLoraConfig, input_mask=1.0, head_masks=None, g=None):
+    """s sum_i g_i(x) B_i D_i(A x) - s Bbar0 A0 x, one head after the other; `g` fixes the weights.
+
+    x: (..., d_in) -> (..., d_out); t: `tensors_of` the layer.
+    """
+    N, r = c.num_heads, c.r
+    s = c.lora_alpha / r**0.5 if c.use_rslora else c.lora_alpha / r
+    if g is None and c.router == "softmax":
+        z = x @ t["router"].T
+        g = z.exp() / z.exp().sum(-1, keepdim=True)
+    elif g is None:
+        g = torch.full((N,), 1 / N, dtype=x.dtype)
+    h = 0
+    for i in range(N):
+        B_i = t["B"][:, i * r : (i + 1) * r]
+        Ax = (input_mask * x) @ t["A"].T
+        if head_masks is not None:
+            Ax = head_masks[..., i, :] * Ax
+        h = h + s * g[..., i : i + 1] * (Ax @ B_i.T)
+    if "A0" in t:
+        h = h - s * (x @ t["A0"].T) @ t["B0"].T
+    return h

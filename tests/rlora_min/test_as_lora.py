@@ -8,9 +8,9 @@ from rlora_helpers import METHODS, STRICT, adapt, output, perturb
 pytestmark = STRICT
 
 
-def pair(kind, use_rslora, dropout=0.3):
+def pair(kind, use_rslora):
     """The same base under R-LoRA set to be LoRA and under LoRA, with the same perturbed A and B."""
-    shared = dict(r=3, lora_alpha=6, lora_dropout=dropout, use_rslora=use_rslora)
+    shared = dict(r=3, lora_alpha=6, lora_dropout=0.3, use_rslora=use_rslora)
     ours = adapt(kind.base().double(), kind.targets, **METHODS["lora"] | shared)
     perturb(ours)
     fan_in_fan_out = kind.build.__name__ == "gpt2"
@@ -59,15 +59,3 @@ def test_forward_gradients_and_ten_steps_equal_pefts_lora_with_dropout_from_one_
         # Adam divides by the gradient's size, and so enlarges the rounding of small gradients
         assert torch.allclose(p, parameters(theirs)[name], rtol=0, atol=1e-7), name
         assert not torch.equal(p, before[name])
-
-
-def test_the_masks_are_really_drawn(kind):
-    ours, theirs = pair(kind, use_rslora=True)
-    for model in (ours, theirs):
-        model.train()
-    inputs, outputs = kind.inputs(dtype=torch.float64), []
-    for seed, model in ((0, ours), (1, theirs), (0, theirs)):
-        torch.manual_seed(seed)
-        outputs.append(output(model, inputs))
-    assert torch.allclose(outputs[0], outputs[2], rtol=0, atol=1e-12)
-    assert not torch.allclose(outputs[0], outputs[1], rtol=0, atol=1e-3)

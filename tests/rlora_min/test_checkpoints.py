@@ -4,7 +4,6 @@ import copy
 import gc
 import json
 import pickle
-import warnings
 import weakref
 from pathlib import Path
 
@@ -14,18 +13,19 @@ from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from rlora_helpers import (
     KINDS,
+    LLAMA,
+    SEQUENTIAL,
     STRICT,
     adapt,
     adapter_tensors,
-    anatomy,
-    assert_unchanged,
     evaluated,
     layers_of,
-    llama,
     perturb,
     same_tensors,
+    sequential,
     snapshot,
     train,
+    unchanged,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -35,7 +35,6 @@ from rlora_min import RLoraConfig
 
 pytestmark = STRICT
 FILE = "adapter_model.safetensors"
-SEQUENTIAL = KINDS["sequential"]
 HEAD = "base_model.model.4.weight"  # of modules_to_save
 PARTS = ("A", "B", "router", "A0", "B0")
 A, B, ROUTER, A0, B0 = (f"base_model.model.2.rlora_{part}.weight" for part in PARTS)
@@ -126,56 +125,39 @@ def test_the_base_is_as_it_was_and_the_good_file_then_loads(spoilt_file, low_cpu
     folder, _, words, mend, expected = spoilt_file
     base = SEQUENTIAL.base()
     base[2].bias.requires_grad = False  # what trained before trains after, and nothing else
-    before = anatomy(base)
     for is_trainable in (False, True):
         how = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage}
-        with pytest.raises(ValueError, match=words):
+        with unchanged(base), pytest.raises(ValueError, match=words):
             PeftModel.from_pretrained(base, folder, **how)
-        assert_unchanged(base, before)
         assert not hasattr(base, "peft_config")
     mend()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loaded = PeftModel.from_pretrained(base, folder, **how)
+    loaded = PeftModel.from_pretrained(base, folder, **how)
     assert torch.equal(evaluated(loaded, SEQUENTIAL.inputs()), expected)
 
 
 def test_another_adapter_is_as_it_was_and_the_good_file_then_loads(spoilt_file):
     folder, settings, words, mend, expected = spoilt_file
     model = perturb(adapt(SEQUENTIAL.base(), ["2"], "mine", **settings), "mine")
-    before = anatomy(model)
     for is_trainable in (False, True):
-        with pytest.raises(ValueError, match=words):
+        with unchanged(model), pytest.raises(ValueError, match=words):
             model.load_adapter(folder, "theirs", is_trainable=is_trainable)
-        assert_unchanged(model, before)
         assert list(model.peft_config) == ["mine"] and model.active_adapters == ["mine"]
     mend()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.load_adapter(folder, "theirs")
-        model.set_adapter("theirs")
+    model.load_adapter(folder, "theirs")
+    model.set_adapter("theirs")
     assert torch.equal(evaluated(model, SEQUENTIAL.inputs()), expected)
 
 
-def test_an_adapter_that_it_was_to_replace_is_as_it_was(spoilt_file):
+@pytest.mark.parametrize("from_a_file", [False, True])
+def test_an_adapter_that_it_was_to_replace_is_as_it_was(spoilt_file, from_a_file, tmp_path):
     folder, settings, _, _, _ = spoilt_file
     model = adapt(SEQUENTIAL.base(), SEQUENTIAL.targets, **settings)
     train(model, [SEQUENTIAL.inputs(seed) for seed in range(2)])
-    before = anatomy(model)
-    with pytest.raises(ValueError, match="rlora_|lora_A|model.4."):
+    if from_a_file:
+        model.save_pretrained(tmp_path / "good")
+        model = PeftModel.from_pretrained(SEQUENTIAL.base(), tmp_path / "good")
+    with unchanged(model), pytest.raises(ValueError, match="rlora_|lora_A|model.4."):
         model.load_adapter(folder, "default")
-    assert_unchanged(model, before)
-
-
-def test_an_adapter_from_a_file_is_not_lost_to_a_spoilt_file(tmp_path):
-    expected = save(tmp_path)
-    model = PeftModel.from_pretrained(SEQUENTIAL.base(), tmp_path)
-    before = anatomy(model)
-    rewrite(tmp_path, spoilt(B, torch.nan))
-    with pytest.raises(ValueError, match="2.rlora_B"):
-        model.load_adapter(tmp_path, "default")
-    assert_unchanged(model, before)
-    assert torch.equal(evaluated(model, SEQUENTIAL.inputs()), expected)
 
 
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
@@ -197,13 +179,11 @@ def test_work_on_an_adapter_made_from_a_saved_config_is_not_lost(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.sub_(0.01)  # torch's counter of versions does not see it
-    before = anatomy(model)
     for spoil, words in ((spoilt(A, torch.nan), "finite"), (reshaped(A, (4, 11)), "4, 11")):
         state = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
         spoil(state)
-        with pytest.raises(ValueError, match=f"2.rlora_A.*{words}"):
+        with unchanged(model), pytest.raises(ValueError, match=f"2.rlora_A.*{words}"):
             set_peft_model_state_dict(model, state)
-        assert_unchanged(model, before)
 
 
 def test_a_config_from_a_file_keeps_no_model_alive_and_carries_none(tmp_path):
@@ -222,37 +202,26 @@ def test_a_config_from_a_file_keeps_no_model_alive_and_carries_none(tmp_path):
     assert weight() is None
 
 
-@pytest.mark.parametrize("name", ["sequential", "llama"])
-@pytest.mark.parametrize(("saved", "fresh"), [(2, 3), (3, 2)])
-def test_a_base_of_more_or_fewer_layers_is_refused_by_the_layers_name(name, saved, fresh, tmp_path):
-    kind = KINDS[name]
-    targets = ["q_proj"] if kind.token else ["0", "2", "4"]
-    perturb(adapt(kind.base(layers=saved), targets)).save_pretrained(tmp_path)
-    base = kind.base(layers=fresh)
-    before = anatomy(base)
-    # the third layer: saved without a place, or a place without tensors; or it is of another width
-    culprit = "layers.2.self_attn.q_proj" if kind.token else "model.4.rlora_"
-    with pytest.raises(ValueError, match=culprit):
+WIDE = r"rlora_A.*model has \(4, 32\), the checkpoint \(4, 16\)"
+# Targets, the base of the file, another base, and what the error names: the third layer was saved
+# without a place, or is a place without tensors, or is of another width.
+OTHER_BASES = {
+    "fewer layers": (["q_proj"], LLAMA.base, lambda: LLAMA.base(layers=3), "2.self_attn.q_proj"),
+    "more layers": (["q_proj"], lambda: LLAMA.base(layers=3), LLAMA.base, "2.self_attn.q_proj"),
+    "an output less": (["0", "2", "4"], sequential, lambda: sequential(3), "model.4.rlora_"),
+    "an output more": (["0", "2", "4"], lambda: sequential(3), sequential, "model.4.rlora_"),
+    "other names": (["q_proj"], LLAMA.base, KINDS["gpt2"].base, "q_proj.*not found.*c_proj"),
+    "another width": (["q_proj"], LLAMA.base, lambda: LLAMA.base(hidden_size=32), WIDE),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_BASES)
+def test_another_base_is_refused_by_the_layers_name(case, tmp_path):
+    targets, saved, fresh, words = OTHER_BASES[case]
+    perturb(adapt(saved(), targets)).save_pretrained(tmp_path)
+    base = fresh()
+    with unchanged(base), pytest.raises(ValueError, match=words):
         PeftModel.from_pretrained(base, tmp_path)
-    assert_unchanged(base, before)
-
-
-def test_a_base_whose_modules_have_other_names_is_refused_with_the_closest(tmp_path):
-    perturb(adapt(llama(), ["q_proj"])).save_pretrained(tmp_path)
-    base = KINDS["gpt2"].base()
-    before = anatomy(base)
-    with pytest.raises(ValueError, match="q_proj.*not found.*c_proj"):
-        PeftModel.from_pretrained(base, tmp_path)
-    assert_unchanged(base, before)
-
-
-def test_a_base_of_another_width_is_refused(tmp_path):
-    perturb(adapt(llama(), ["q_proj"])).save_pretrained(tmp_path)
-    base = llama(hidden_size=32)
-    before = anatomy(base)
-    with pytest.raises(ValueError, match=r"rlora_A.*model has \(4, 32\), the checkpoint \(4, 16\)"):
-        PeftModel.from_pretrained(base, tmp_path)
-    assert_unchanged(base, before)
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
@@ -264,12 +233,8 @@ def test_a_file_that_is_not_whole_is_refused_by_its_name_before_anything_changes
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole[: len(whole) // 2] if content is None else content)
     base = SEQUENTIAL.base()
-    before = anatomy(base)
-    with pytest.raises(ValueError, match=FILE):
+    with unchanged(base), pytest.raises(ValueError, match=FILE):
         PeftModel.from_pretrained(base, tmp_path, is_trainable=is_trainable)
-    assert_unchanged(base, before)
-    (tmp_path / FILE).write_bytes(whole)
-    PeftModel.from_pretrained(base, tmp_path, is_trainable=is_trainable)
 
 
 def test_a_module_to_save_that_is_missing_is_pefts_key_error_before_anything_is_copied(tmp_path):
@@ -296,58 +261,49 @@ class Headed(nn.Module):
         return self.head(self.fc(x))
 
 
-def headed(classes=3, **settings):
+def headed():
     torch.manual_seed(0)
-    config = RLoraConfig(target_modules=["fc"], modules_to_save=["head"], **settings)
-    return get_peft_model(Headed(classes), config)
+    config = RLoraConfig(target_modules=["fc"], modules_to_save=["head"])
+    return perturb(get_peft_model(Headed(), config))
 
 
 def test_a_head_of_another_size_is_refused_or_left_out_if_asked(tmp_path):
-    perturb(headed()).save_pretrained(tmp_path)
+    headed().save_pretrained(tmp_path)
     base = Headed(5)
-    before = anatomy(base)
-    with pytest.raises(ValueError, match=r"head.*model has \(5.*checkpoint \(3"):
+    own = base.head[1].weight.detach().clone()
+    with unchanged(base), pytest.raises(ValueError, match=r"head.*model has \(5.*checkpoint \(3"):
         PeftModel.from_pretrained(base, tmp_path)
-    assert_unchanged(base, before)
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
         model = PeftModel.from_pretrained(base, tmp_path, ignore_mismatched_sizes=True)
-    assert evaluated(model, torch.randn(2, 6)).shape == (2, 5)
     saved = load_file(tmp_path / FILE)
-    assert torch.equal(layers_of(model)[0].rlora_B["default"].weight, saved[key_of("rlora_B")])
+    heads = saved["base_model.model.fc.rlora_B.weight"]
+    assert torch.equal(layers_of(model)[0].rlora_B["default"].weight, heads)
     head = model.base_model.model.head.modules_to_save["default"]
     assert torch.equal(head[0].weight, saved["base_model.model.head.0.weight"])
-    assert torch.equal(head[1].weight, before["tensors"]["head.1.weight"])
+    assert torch.equal(head[1].weight, own)
 
 
-def key_of(part: str) -> str:
-    return f"base_model.model.fc.{part}.weight"
+def test_a_buffer_that_is_not_finite_loads(tmp_path):
+    headed().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Headed(), tmp_path)
+    assert loaded.base_model.model.head.modules_to_save["default"].bias_of_unseen.isinf().all()
 
 
 def test_a_layer_of_another_width_is_left_out_if_asked(tmp_path):
     """As with PEFT's LoRA: what fits is loaded, the rest stays as drawn, and PEFT warns."""
     save(tmp_path)
-    base = nn.Sequential(
-        nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 5)
-    )
-    config = RLoraConfig(target_modules=["0", "2"], init_seed=4)
-    drawn = adapter_tensors(get_peft_model(copy.deepcopy(base), config))
+    base = SEQUENTIAL.base()
+    base[0], base[2] = nn.Linear(6, 12), nn.Linear(12, 10)
+    drawn = adapter_tensors(adapt(copy.deepcopy(base), ["0", "2"], init_seed=4))
+    config = RLoraConfig.from_pretrained(tmp_path)
+    config.init_seed = 4
     with pytest.warns(UserWarning, match="rlora_A"):
-        config = RLoraConfig.from_pretrained(tmp_path)
-        config.init_seed = 4
-        model = PeftModel.from_pretrained(
-            base, tmp_path, config=config, ignore_mismatched_sizes=True
-        )
+        how = {"config": config, "ignore_mismatched_sizes": True}
+        model = PeftModel.from_pretrained(base, tmp_path, **how)
     saved = load_file(tmp_path / FILE)
     for name, tensor in adapter_tensors(model).items():
         file = saved[name.replace(".default", "")]
         assert torch.equal(tensor, file if file.shape == tensor.shape else drawn[name])
-
-
-def test_a_buffer_that_is_not_finite_loads(tmp_path):
-    model = perturb(headed())
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(Headed(), tmp_path)
-    assert loaded.base_model.model.head.modules_to_save["default"].bias_of_unseen.isinf().all()
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -382,14 +338,13 @@ def test_load_state_dict_refuses_another_shape_before_it_copies_any():
     model = perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets))
     other = snapshot(perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets), seed=8))
     other["base_model.model.2.rlora_B.default.weight"] = torch.zeros(10, 8)
-    before = anatomy(model)
+    words = r"2.rlora_B.*\(10, 12\), the checkpoint \(10, 8\)"
     for strict in (True, False):
-        with pytest.raises(ValueError, match=r"2.rlora_B.*\(10, 12\), the checkpoint \(10, 8\)"):
+        with unchanged(model), pytest.raises(ValueError, match=words):
             model.load_state_dict(other, strict=strict)
-        assert_unchanged(model, before)
 
 
-def test_load_state_dict_of_a_whole_adapter_or_of_the_base_alone_is_free():
+def test_load_state_dict_of_the_base_or_the_adapter_alone_is_free():
     model = perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets))
     other = snapshot(perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets), seed=8))
     adapters = {k: v for k, v in other.items() if "rlora_" in k}
@@ -398,8 +353,6 @@ def test_load_state_dict_of_a_whole_adapter_or_of_the_base_alone_is_free():
     assert same_tensors(adapter_tensors(model), adapters)
     model.load_state_dict(base, strict=False)
     assert same_tensors(snapshot(model), adapters | base)
-    model.load_state_dict(other, strict=True)
-    assert same_tensors(snapshot(model), other)
 
 
 OLD = Path(__file__).parents[1] / "fixtures" / "adapter-with-buffers"
@@ -474,11 +427,9 @@ def test_a_refused_checkpoint_of_a_task_leaves_the_head_and_the_base_as_they_wer
         save_file(good, tmp_path / FILE)
         rewrite(tmp_path, spoil)
         base = kind.base()
-        before, expected = anatomy(base), evaluated(base, kind.inputs())
-        with pytest.raises(ValueError, match="rlora_B must be finite|model.none.weight"):
+        words = "rlora_B must be finite|model.none.weight"
+        with unchanged(base), pytest.raises(ValueError, match=words):
             PeftModel.from_pretrained(base, tmp_path, is_trainable=is_trainable)
-        assert_unchanged(base, before)
-        assert torch.equal(evaluated(base, kind.inputs()), expected)
     save_file(good, tmp_path / FILE)
     loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=is_trainable)
     assert torch.equal(evaluated(loaded, kind.inputs()), evaluated(model, kind.inputs()))

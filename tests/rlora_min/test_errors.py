@@ -1,78 +1,77 @@
 """Bad input is an error that names the culprit and what is allowed, and changes nothing."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from rlora_helpers import (
-    KINDS,
+    LLAMA,
+    SEQUENTIAL,
     STRICT,
     adapt,
-    anatomy,
-    assert_unchanged,
     evaluated,
     perturb,
+    unchanged,
 )
 from torch import nn
 
 from rlora_min import RLoraConfig, export_lora, head_similarity, record_routing
 
 pytestmark = STRICT
-SEQUENTIAL = KINDS["sequential"]
+TEXT = st.text(max_size=5)
+FLOATS = st.floats(0, 5, exclude_min=True)
+RIGHT = {
+    "r": st.integers(1, 9),
+    "num_heads": st.integers(1, 9),
+    "lora_alpha": FLOATS,
+    "gamma": FLOATS,
+    "lora_dropout": st.floats(0, 1, exclude_max=True),
+    "rank_pattern": st.dictionaries(TEXT, st.integers(1, 9)),
+    "alpha_pattern": st.dictionaries(TEXT, FLOATS),
+}
+NOT_WHOLE = st.integers(max_value=0) | st.floats() | TEXT
+NOT_POSITIVE = st.floats(max_value=0) | st.sampled_from([math.nan, math.inf]) | TEXT
+NO_WORD = st.sampled_from(["", "Zeros", "top-k", "lora_only", None]) | st.integers()
+NO_RATE = st.floats().filter(lambda p: not 0 <= p < 1) | st.just(1.0) | TEXT
+# What is wrong for a setting, and what the error says is allowed.
+WRONG = {
+    "r": (NOT_WHOLE, "an integer >= 1"),
+    "num_heads": (NOT_WHOLE, "an integer >= 1"),
+    "lora_alpha": (NOT_POSITIVE, "a number > 0"),
+    "gamma": (NOT_POSITIVE, "a number > 0"),
+    "lora_dropout": (NO_RATE, "lie in [0, 1)"),
+    "rank_pattern": (NOT_WHOLE, "an integer >= 1"),
+    "alpha_pattern": (NOT_POSITIVE, "a number > 0"),
+    "init_heads": (NO_WORD, "one of ('random', 'centered', 'zeros')"),
+    "dropout_on": (NO_WORD, "one of ('heads', 'input')"),
+    "router": (NO_WORD, "one of ('softmax', 'mean')"),
+    "router_init": (NO_WORD, "one of ('zeros', 'kaiming')"),
+    "bias": (NO_WORD, "one of ('none', 'all', 'rlora_only')"),
+}
 
 
-@pytest.mark.parametrize(
-    ("setting", "value", "allowed"),
-    [
-        ("r", 0, "integer >= 1"),
-        ("r", -3, "integer >= 1"),
-        ("r", 2.0, "integer >= 1"),
-        ("num_heads", 0, "integer >= 1"),
-        ("num_heads", -1, "integer >= 1"),
-        ("num_heads", 1.5, "integer >= 1"),
-        ("lora_dropout", -0.1, r"\[0, 1\)"),
-        ("lora_dropout", 1.0, r"\[0, 1\)"),
-        ("lora_dropout", float("nan"), r"\[0, 1\)"),
-        ("gamma", 0, "> 0"),
-        ("gamma", -64, "> 0"),
-        ("gamma", float("nan"), "> 0"),
-        ("gamma", float("inf"), "> 0"),
-        ("lora_alpha", 0, "> 0"),
-        ("lora_alpha", -1, "> 0"),
-        ("init_heads", "kaiming", r"'random', 'centered', 'zeros'"),
-        ("dropout_on", "output", r"'heads', 'input'"),
-        ("router", "top-k", r"'softmax', 'mean'"),
-        ("router_init", "random", r"'zeros', 'kaiming'"),
-        ("bias", "lora_only", r"'none', 'all', 'rlora_only'"),
-    ],
-)
-def test_a_wrong_setting_is_named_with_what_is_allowed_and_what_it_was(setting, value, allowed):
-    with pytest.raises(ValueError, match=f"{setting} must .*{allowed}.*got {value!r}"):
-        RLoraConfig(**{setting: value})
+@given(st.fixed_dictionaries({}, optional=RIGHT))
+def test_what_is_allowed_makes_a_config(given):
+    config = RLoraConfig(**given)
+    assert {name: getattr(config, name) for name in given} == given
 
 
-@given(
-    r=st.integers(-3, 3),
-    num_heads=st.integers(-3, 3),
-    p=st.floats(-0.5, 1.5),
-    gamma=st.floats(-1, 1),
-)
-@settings(max_examples=200, deadline=None, derandomize=True)
-def test_a_config_is_made_if_and_only_if_every_number_is_allowed(r, num_heads, p, gamma):
-    given = dict(r=r, num_heads=num_heads, lora_dropout=p, gamma=gamma)
-    good = {
-        "r": r >= 1,
-        "num_heads": num_heads >= 1,
-        "lora_dropout": 0 <= p < 1,
-        "gamma": gamma > 0,
-    }
-    if all(good.values()):
-        assert RLoraConfig(**given).r == r
-    else:
-        with pytest.raises(ValueError) as caught:
-            RLoraConfig(**given)
-        assert str(caught.value).split()[0] in {name for name, fine in good.items() if not fine}
+@pytest.mark.parametrize("setting", WRONG)
+@given(data=st.data())
+@settings(max_examples=50)
+def test_a_wrong_setting_is_named_with_what_is_allowed_and_what_it_was(setting, data):
+    values, allowed = WRONG[setting]
+    value = data.draw(values)
+    given, name = {setting: value}, setting
+    if setting.endswith("pattern"):
+        given, name = {setting: {"a": value}}, f"{setting}['a']"
+    with pytest.raises(ValueError) as caught:
+        RLoraConfig(**given)
+    said = str(caught.value)
+    assert said.startswith(f"{name} must ") and allowed in said and f"got {value!r}" in said
 
 
 @given(
@@ -99,39 +98,29 @@ def test_heads_that_can_never_separate_are_refused_and_no_others(**config):
         RLoraConfig(**config)
 
 
-def test_layers_pattern_alone_would_be_ignored():
-    with pytest.raises(ValueError, match="layers_pattern needs layers_to_transform"):
-        RLoraConfig(layers_pattern=["layers"])
-
-
 @pytest.mark.parametrize(
-    ("targets", "closest"),
+    ("settings", "message"),
     [
-        (["gate_projj"], "gate_proj"),
-        (["q_porj", "nothing"], "q_proj"),
-        ("gate_proj", "gate_proj"),  # a string is a pattern for whole paths
-        (["zzz"], "model.embed_tokens"),  # nothing is close: all there is, as far as it goes
+        ({"layers_pattern": ["layers"]}, "layers_pattern needs layers_to_transform"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "names layers by itself"),
+        ({"target_modules": "all-linear", "layers_to_transform": 0}, "names layers by itself"),
     ],
 )
-def test_a_target_that_is_not_found_is_named_with_the_closest_names(targets, closest):
-    base = KINDS["llama"].base()
-    before = anatomy(base)
-    with pytest.raises(ValueError) as caught:
-        get_peft_model(base, RLoraConfig(target_modules=targets))
-    for name in [targets] if isinstance(targets, str) else targets:
-        assert repr(name) in str(caught.value)
-    assert "not found in the base model" in str(caught.value)
-    assert closest in str(caught.value).partition("Closest names")[2]
-    assert_unchanged(base, before)
+def test_what_would_be_ignored_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RLoraConfig(**settings)
 
 
-def test_targets_that_are_all_excluded_are_named():
-    base = KINDS["llama"].base()
-    before = anatomy(base)
-    config = RLoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"])
-    with pytest.raises(ValueError, match="q_proj.*exclude_modules"):
-        get_peft_model(base, config)
-    assert_unchanged(base, before)
+# Targets
+
+
+class Duck(nn.Module):
+    """Looks like a linear layer, and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 6, 6
+        self.weight = nn.Parameter(torch.zeros(6, 6))
 
 
 class Many(nn.Module):
@@ -144,91 +133,94 @@ class Many(nn.Module):
         self.conv = nn.Conv1d(4, 4, 1)
         self.norm = nn.LayerNorm(4)
         self.attention = nn.MultiheadAttention(4, 2)
+        self.own = nn.MultiheadAttention(4, 2)
+        self.own.out_proj = nn.Linear(4, 4)  # torch's attention reads its weight alone
         self.block = nn.Sequential(nn.Linear(4, 4))
         self.bilinear = nn.Bilinear(4, 4, 4)
-
-    def forward(self, x):
-        return self.first(x)
+        self.duck = Duck()
 
 
-@pytest.mark.parametrize(
-    ("target", "kind"),
-    [
-        ("embedding", "Embedding"),
-        ("conv", "Conv1d"),
-        ("norm", "LayerNorm"),
-        ("attention", "MultiheadAttention"),
-        ("attention.out_proj", "NonDynamicallyQuantizableLinear"),
-        ("block", "Sequential"),
-        ("bilinear", "Bilinear"),
-    ],
-)
-def test_a_layer_that_cant_be_adapted_is_named_with_what_can_before_any_is(target, kind):
-    base = Many()
-    before = anatomy(base)
-    config = RLoraConfig(target_modules=["first", target])
-    with pytest.raises(ValueError, match=f"'{target}', a {kind}.*linear.*Conv1D"):
+def pooled() -> nn.Module:
+    base = LLAMA.base()
+    base.pool = nn.MultiheadAttention(16, 2)
+    return base
+
+
+CANT = ".*linear layers and GPT-2's Conv1D"
+REFUSED = [
+    (Many, ["first", "embedding"], f"'embedding', a Embedding{CANT}"),
+    (Many, ["first", "conv"], f"'conv', a Conv1d{CANT}"),
+    (Many, ["first", "norm"], f"'norm', a LayerNorm{CANT}"),
+    (Many, ["first", "attention"], f"'attention', a MultiheadAttention{CANT}"),
+    (Many, ["first", "attention.out_proj"], f"'attention.out_proj', a Non.*{CANT}"),
+    (Many, ["first", "own.out_proj"], f"'own.out_proj', a Linear{CANT}, of known size, not inside"),
+    (Many, ["first", "block"], f"'block', a Sequential{CANT}"),
+    (Many, ["first", "bilinear"], f"'bilinear', a Bilinear{CANT}"),
+    (Many, ["first", "duck"], f"'duck', a Duck{CANT}"),
+    (pooled, "all-linear", "'pool.out_proj'.*MultiheadAttention"),
+    (LLAMA.base, ["gate_projj"], "'gate_projj'.*not found in the base model.*Closest.*'gate_proj'"),
+    (LLAMA.base, ["q_porj", "nothing"], "'nothing', 'q_porj'.*not found.*Closest.*'q_proj'"),
+    # a string is a pattern for whole paths
+    (LLAMA.base, "gate_proj", "'gate_proj'.*not found.*Closest.*'gate_proj'"),
+    # nothing is close: all there is, as far as it goes
+    (LLAMA.base, ["zzz"], "'zzz'.*not found.*Closest.*'model.embed_tokens'"),
+]
+
+
+@pytest.mark.parametrize(("make", "targets", "message"), REFUSED)
+def test_what_cant_be_adapted_is_named_with_what_can_before_any_is(make, targets, message):
+    base = make()
+    with unchanged(base), pytest.raises(ValueError, match=message):
+        get_peft_model(base, RLoraConfig(target_modules=targets))
+
+
+def test_a_layer_of_unknown_size_is_refused():
+    base = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))  # without tensors to compare
+    with pytest.raises(ValueError, match="'1', a LazyLinear.*of known size"):
+        get_peft_model(base, RLoraConfig(target_modules=["0", "1"]))
+    assert type(base[0]) is nn.Linear
+
+
+def test_targets_that_are_all_excluded_are_named():
+    base = LLAMA.base()
+    config = RLoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"])
+    with unchanged(base), pytest.raises(ValueError, match="q_proj.*exclude_modules"):
         get_peft_model(base, config)
-    assert_unchanged(base, before)
-    get_peft_model(base, RLoraConfig(target_modules=["first"]))  # nothing was left behind
-
-
-def test_all_linear_refuses_what_it_cant_adapt_before_it_adapts_any():
-    class Pooled(type(KINDS["llama"].base())):
-        def __init__(self, config):
-            super().__init__(config)
-            self.pool = nn.MultiheadAttention(16, 2)
-
-    base = Pooled(KINDS["llama"].base().config)
-    before = anatomy(base)
-    with pytest.raises(ValueError, match="pool.out_proj.*MultiheadAttention"):
-        get_peft_model(base, RLoraConfig(target_modules="all-linear"))
-    assert_unchanged(base, before)
 
 
 def test_a_second_adapter_that_is_refused_leaves_the_first_as_it_was():
     model = perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets))
-    before, expected = anatomy(model), evaluated(model, SEQUENTIAL.inputs())
+    expected = evaluated(model, SEQUENTIAL.inputs())
     for targets in (["nowhere"], ["0", "1"]):
-        with pytest.raises(ValueError, match="nowhere|'1', a Tanh"):
+        with unchanged(model), pytest.raises(ValueError, match="nowhere|'1', a Tanh"):
             model.add_adapter("second", RLoraConfig(target_modules=targets))
-        assert_unchanged(model, before)
-        assert list(model.peft_config) == ["default"]
     assert torch.equal(evaluated(model, SEQUENTIAL.inputs()), expected)
     model.add_adapter("second", RLoraConfig(target_modules=["0"]))
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [
-        [0.5, 0.5],
-        [0.25] * 4,
-        [],
-        "median",
-        "abc",  # three letters are not three numbers
-        [0.5, 0.5, float("nan")],
-        [0.5, float("inf"), 0.5],
-        torch.ones(2),
-        {"0": [1, 0, 0], "2": [1, 0]},
-        {"0": "mean", "2": "uniform"},
-    ],
-)
-def test_routing_weights_that_are_not_n_finite_numbers_are_refused(weights, tmp_path):
-    model = perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets))
-    before = anatomy(model)
-    with pytest.raises(ValueError, match="Layer '[02]' needs 3 finite weights or 'mean', got"):
-        export_lora(model, tmp_path / "out", weights)
-    assert_unchanged(model, before)
-    assert not (tmp_path / "out").exists()
+# Export, and looking inside
+
+NOT_THREE = "Layer '[02]' needs 3 finite weights or 'mean', got"
+WRONG_WEIGHTS = [
+    ([0.5, 0.5], NOT_THREE),
+    ([], NOT_THREE),
+    ("median", NOT_THREE),
+    ("abc", NOT_THREE),  # three letters are not three numbers
+    ([0.5, 0.5, math.nan], NOT_THREE),
+    ([0.5, math.inf, 0.5], NOT_THREE),
+    (torch.ones(2), NOT_THREE),
+    ({"0": [1, 0, 0], "2": [1, 0]}, NOT_THREE),
+    ({"0": "mean", "2": "uniform"}, NOT_THREE),
+    ({"0": [1, 0, 0]}, "weights must name.*'2'"),
+    ({"0": "mean", "2": "mean", "4": "mean"}, "weights must name.*'4'"),
+    ({}, "weights must name.*'0'"),
+]
 
 
-@pytest.mark.parametrize(
-    ("weights", "culprit"),
-    [({"0": [1, 0, 0]}, "2"), ({"0": "mean", "2": "mean", "4": "mean"}, "4"), ({}, "0")],
-)
-def test_routing_weights_of_other_layers_are_refused(weights, culprit, tmp_path):
+@pytest.mark.parametrize(("weights", "message"), WRONG_WEIGHTS)
+def test_wrong_routing_weights_are_refused(weights, message, tmp_path):
     model = perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets))
-    with pytest.raises(ValueError, match=f"weights must name.*'{culprit}'"):
+    with unchanged(model), pytest.raises(ValueError, match=message):
         export_lora(model, tmp_path / "out", weights)
     assert not (tmp_path / "out").exists()
 

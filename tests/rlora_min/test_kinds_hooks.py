@@ -11,21 +11,19 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_submodules
-from one_step import adapter_of, assert_same_step, case, far, loss_of, one_step
-from peft import LoraConfig, get_peft_model
-from rlora_helpers import KINDS, layers_of, output
-from torch import nn
+from one_step import PARTS, assert_same_step, case, far, loss_of, one_step
+from rlora_helpers import layers_of, output
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune
 
-PARTS = ("rlora_A", "rlora_B", "rlora_router", "rlora_A0", "rlora_B0")
 METHODS = ("rlora", "mlora", "hydralora")
 
 
-def parts_of(model: nn.Module) -> list[nn.Linear]:
+def parts_of(model: nn.Module, names=PARTS) -> list[nn.Linear]:
     found = []
     for layer in layers_of(model):
-        found += [part for name in PARTS for part in getattr(layer, name).values()]
+        found += [part for name in names for part in getattr(layer, name).values()]
     return found
 
 
@@ -51,25 +49,6 @@ def test_hooks_on_the_parts_see_every_call_and_change_nothing(method):
     assert set(trained) <= set(backward) <= set(once) and len(set(backward)) == len(backward)
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_what_a_hook_returns_is_used(name):
-    # A part's output doubled by a hook is that of a part with twice the weight.
-    model, inputs = case()
-    twice = copy.deepcopy(model)
-    for layer in layers_of(twice):
-        for part in getattr(layer, name).values():
-            part.weight.data *= 2
-    handles = []
-    for layer in layers_of(model):
-        for part in getattr(layer, name).values():
-            handles.append(part.register_forward_hook(lambda part, args, out: 2 * out))
-    plain, hooked = output(twice, inputs), output(model, inputs)
-    assert far(hooked, plain) < 1e-9
-    for handle in handles:
-        handle.remove()
-    assert far(output(model, inputs), plain) > 1e-3  # the hooks did something, and are gone
-
-
 def test_a_hook_on_every_module_sees_the_parts():
     model, inputs = case()
     plain = one_step(copy.deepcopy(model), inputs)
@@ -82,32 +61,76 @@ def test_a_hook_on_every_module_sees_the_parts():
     assert seen >= set(parts_of(model))
 
 
-def test_a_forward_that_was_put_into_a_part_is_called():
-    model, inputs = case()
-    plain = one_step(copy.deepcopy(model), inputs)
-    seen = []
-    for part in parts_of(model):
+# What tools do to a part. Each function does it, and returns the weight that the part then has.
 
-        def forward(x, part=part):
-            seen.append(part)
-            return nn.Linear.forward(part, x)
 
-        part.forward = forward
-    assert_same_step(one_step(model, inputs), plain)
-    assert set(seen) == set(parts_of(model))
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def hooked(part: nn.Linear, *_) -> Tensor:
+    part.register_forward_hook(lambda part, args, out: 2 * out)
+    return 2 * part.weight
+
+
+def put_into(part: nn.Linear, *_) -> Tensor:
+    part.forward = lambda x: 2 * nn.Linear.forward(part, x)
+    return 2 * part.weight
+
+
+def replaced(part: nn.Linear, parts: nn.ModuleDict) -> Tensor:
+    parts["default"] = nn.Sequential(part, Twice())
+    return 2 * part.weight
+
+
+def parametrized(part: nn.Linear, *_) -> Tensor:
+    weight = part.weight.detach().clone()
+    parametrize.register_parametrization(part, "weight", Twice())
+    return 2 * weight
+
+
+def normed(part: nn.Linear, *_) -> Tensor:
+    weight = part.weight.detach().clone()
+    parametrizations.weight_norm(part)
+    part.parametrizations.weight.original0.data *= 3
+    return 3 * weight
+
+
+def pruned(part: nn.Linear, *_) -> Tensor:
+    weight = part.weight.detach().clone()
+    prune.l1_unstructured(part, "weight", amount=0.5)
+    return part.weight_mask * weight
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_part_that_was_replaced_is_called(name, bias):
-    # By a linear layer with a bias, and by a module of another kind.
+@pytest.mark.parametrize("tool", [hooked, put_into, replaced, parametrized, normed, pruned])
+def test_a_part_that_a_tool_changed_is_the_part_with_another_weight(tool, name):
+    model, x = case(kind="sequential")
+    x.requires_grad_()
+    before, plain = model(x), copy.deepcopy(model)
+    for layer, twin in zip(layers_of(model), layers_of(plain), strict=True):
+        parts = getattr(layer, name)
+        getattr(twin, name)["default"].weight.data = tool(parts["default"], parts).detach()
+    found, expected = model(x), plain(x)
+    assert far(found, expected) < 1e-9 and far(found, before) > 1e-3
+    gradients = [
+        torch.autograd.grad(loss_of(out), x, retain_graph=True) for out in (found, expected)
+    ]
+    assert far(gradients[0][0], gradients[1][0]) < 1e-9
+    loss_of(found).backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_was_replaced_by_one_with_a_bias_has_it(name):
     model, inputs = case()
     plain, other = copy.deepcopy(model), copy.deepcopy(model)
     for layer, twin in zip(layers_of(other), layers_of(plain), strict=True):
         old = getattr(layer, name)["default"]
         new = nn.Linear(old.in_features, old.out_features, dtype=torch.float64)
         new.weight.data.copy_(old.weight)
-        getattr(layer, name)["default"] = new if bias else nn.Sequential(new)
+        getattr(layer, name)["default"] = new
         shift = new.bias.detach()
         part = getattr(twin, name)["default"]
         part.register_forward_hook(lambda part, args, out, shift=shift: out + shift)
@@ -145,26 +168,21 @@ def test_dropout_that_stays_on_in_evaluation():
 # Offloading
 
 
-def adapted(method: str) -> nn.Module:
-    """Of vectors, so that a gradient can be asked of the input; "lora" is PEFT's own."""
-    if method == "lora":
-        config = LoraConfig(target_modules=["0", "2"], init_lora_weights=False)
-        return get_peft_model(KINDS["sequential"].base(), config).double().train()
-    model, _ = case(method, "sequential")
-    return model.train()
-
-
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-@pytest.mark.parametrize("method", ["lora", *METHODS])
-def test_offloaded(method, where, tmp_path):
-    model = adapted(method)
-    plain = copy.deepcopy(model)
-    x = KINDS["sequential"].inputs(dtype=torch.float64).requires_grad_()
+def offload(model: nn.Module, where: str, folder) -> None:
     if where == "cpu":
         cpu_offload(model, execution_device=torch.device("cpu"))
     else:
-        disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+        disk_offload(model, folder, execution_device=torch.device("cpu"))
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("method", METHODS)
+def test_offloaded(method, where, tmp_path):
+    model, x = case(method, "sequential")
+    x.requires_grad_()
+    plain = copy.deepcopy(model.train())
+    offload(model, where, tmp_path)
     one, other = model(x), plain(x)
     assert far(one, other) < 1e-9
     # Weights that are away have no gradient, with LoRA neither; what flows through them is right.
@@ -174,34 +192,28 @@ def test_offloaded(method, where, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_trained_after_the_weights_came_back(method):
+def test_trained_after_the_weights_came_back(method, tmp_path):
     model, inputs = case(method, "sequential")
     plain = copy.deepcopy(model)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    cpu_offload(model, execution_device=torch.device("cpu"))
+    offload(model, "cpu", tmp_path)
     model(inputs)
     remove_hook_from_submodules(model)
-    with torch.no_grad():
-        for name, p in weights.items():
-            module, _, own = name.rpartition(".")
-            trained = model.get_parameter(name).requires_grad
-            setattr(model.get_submodule(module), own, nn.Parameter(p, requires_grad=trained))
+    for name, p in weights.items():
+        module, _, own = name.rpartition(".")
+        trained = model.get_parameter(name).requires_grad
+        setattr(model.get_submodule(module), own, nn.Parameter(p, requires_grad=trained))
     assert_same_step(one_step(model, inputs), one_step(plain, inputs))
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("method", ["lora", "mlora"])
-def test_merged_while_offloaded(method, safe, where, tmp_path):
-    model = adapted(method).eval()
-    x = KINDS["sequential"].inputs(dtype=torch.float64)
-    expected = model(x)
+def test_merged_while_offloaded(safe, where, tmp_path):
+    model, x = case("mlora", "sequential")
+    expected = model.eval()(x)
     with model.disable_adapter():
         base = model(x)
-    if where == "cpu":
-        cpu_offload(model, execution_device=torch.device("cpu"))
-    else:
-        disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    offload(model, where, tmp_path)
     model.merge_adapter(safe_merge=safe)
     assert far(model(x), expected) < 1e-9
     model.unmerge_adapter()
@@ -209,64 +221,3 @@ def test_merged_while_offloaded(method, safe, where, tmp_path):
     with model.disable_adapter():
         assert far(model(x), base) < 1e-9
     assert far(model.merge_and_unload(safe_merge=safe)(x), expected) < 1e-9
-
-
-# Pruning and parametrizations
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_pruned(method):
-    model, inputs = case(method)
-    plain = copy.deepcopy(model)
-    for part, twin in zip(parts_of(model), parts_of(plain), strict=True):
-        if part.weight.requires_grad:
-            prune.l1_unstructured(part, "weight", amount=0.5)
-            twin.weight.data *= part.weight_mask
-            twin.weight.register_hook(lambda gradient, mask=part.weight_mask: gradient * mask)
-    found, expected = one_step(model, inputs), one_step(plain, inputs)
-    for step in (found, expected):
-        for group in (step.gradients, step.moved):
-            for name in list(group):
-                group[name.removesuffix("_orig")] = group.pop(name)
-    assert_same_step(found, expected)
-    for part in parts_of(model):
-        if part.weight.requires_grad:
-            assert (part.weight[part.weight_mask == 0] == 0).all()
-            assert 0 < part.weight_mask.mean() < 1
-
-
-class Twice(nn.Module):
-    def forward(self, weight):
-        return 2 * weight
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_parametrized(name):
-    model, inputs = case()
-    plain = copy.deepcopy(model)
-    for layer, twin in zip(layers_of(model), layers_of(plain), strict=True):
-        getattr(twin, name)["default"].weight.data *= 2
-        parametrize.register_parametrization(getattr(layer, name)["default"], "weight", Twice())
-    key = f".{name}.default."
-    found, expected = one_step(model, inputs), one_step(plain, inputs)
-    for group in (found.gradients, found.moved):
-        for old in list(group):
-            factor = 0.5 if key in old else 1  # the weight below the factor gets twice as much
-            new = old.replace("parametrizations.weight.original", "weight")
-            group[new] = factor * group.pop(old)
-    assert_same_step(found, expected)
-
-
-def test_weight_norm():
-    model, inputs = case()
-    plain = one_step(copy.deepcopy(model), inputs)
-    for layer in layers_of(model):
-        parametrizations.weight_norm(layer.rlora_B["default"])
-    out = output(model, inputs)
-    assert far(out, plain.output) < 1e-9
-    loss_of(out).backward()
-    for name, p in adapter_of(model).items():
-        if "original" in name:
-            assert p.grad.abs().max() > 0, name
-        elif p.requires_grad:
-            assert far(p.grad, plain.gradients[name]) < 1e-9, name

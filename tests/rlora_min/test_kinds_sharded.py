@@ -16,7 +16,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
-from one_step import LR, Step, adapter_of, assert_same_step, case, loss_of, one_step, trains
+from one_step import (
+    LR,
+    PARTS,
+    Step,
+    adapter_of,
+    assert_same_step,
+    case,
+    loss_of,
+    one_step,
+    trains,
+)
 from peft.utils.other import fsdp_auto_wrap_policy
 from rlora_helpers import layers_of, output
 from torch import Tensor, nn
@@ -25,7 +35,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
 from two_processes import in_shares, read, run_two, shares, write
 
-PARTS = ("rlora_A", "rlora_B", "rlora_router", "rlora_A0", "rlora_B0")
 BF16 = torch.bfloat16
 
 

@@ -6,6 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from environments import copy_project, create
@@ -147,6 +148,57 @@ def test_bare_make_lists_every_command_with_its_time_and_disk():
     named = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)
     assert sorted(name for name, *_ in listed) == sorted(" ".join(named).split())
     assert run("make", "help").stdout == run("make").stdout
+
+
+# Code that stands once
+
+
+MOST_TWICE = 10  # equal lines in two places
+
+
+def code_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a module, or of a notebook's code cells, by number; blank ones and comments not.
+
+    Without the white space around them: a block that was moved under an `if` is the same block.
+    """
+    text = path.read_text("utf-8")
+    if path.suffix == ".ipynb":
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    stripped = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    return [(number, line) for number, line in stripped if line and not line.startswith("#")]
+
+
+def standing_twice(root: Path) -> list[str]:
+    """Where each block of more than MOST_TWICE lines stands a second time, and where first."""
+    first, found = {}, []
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.ipynb")]):
+        name = path.relative_to(root).as_posix()
+        if name.startswith("book/rlora_lab/chapters/"):
+            continue  # exported from the notebooks, which a test holds them to
+        lines = code_lines(path)
+        for start in range(len(lines) - MOST_TWICE):
+            block = tuple(line for _, line in lines[start : start + MOST_TWICE + 1])
+            place = f"{name}, line {lines[start][0]}"
+            if block in first:
+                found.append(f"{place}: as in {first[block]}")
+            else:
+                first[block] = place
+    return found
+
+
+def test_no_block_of_code_stands_twice(source):
+    assert standing_twice(source) == []
+
+
+def test_a_block_that_stands_twice_is_seen(tmp_path):
+    lines = [f"line_{number}()" for number in range(MOST_TWICE + 1)]
+    (tmp_path / "a.py").write_text("\n".join(["import a", *lines]))
+    cell = nbformat.v4.new_code_cell("\n\n".join(["if a:", *(f"    {line}" for line in lines)]))
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "b.ipynb")
+    assert standing_twice(tmp_path) == ["b.ipynb, line 3: as in a.py, line 2"]
+    (tmp_path / "a.py").write_text("\n".join(["import a", *lines[:-1]]))
+    assert standing_twice(tmp_path) == []
 
 
 # Schemas
