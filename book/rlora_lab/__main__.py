@@ -312,14 +312,12 @@ def speed(
     from .speed.bench import Speed
 
     _set_threads(threads)
-    console = Console(width=None if sys.stdout.isatty() else 100)
     measured = Speed(device, quick=quick, out=out)
-    result = measured.run(console)
-    for each in tables(result):
-        console.print(each)
+    result = measured.run(Console())
+    print(tables(result), end="\n\n")
     if quick:
-        console.print("A quick look, from few steps: leave --quick out for a measurement.")
-    console.print(f"{result['machine']}, {result['date']}; kept in {measured.out}")
+        print("A quick look, from few steps: leave --quick out for a measurement.")
+    print(f"{result['machine']}, {result['date']}; kept in {measured.out}")
 
 
 @app.command(name="train-base")

@@ -3,8 +3,7 @@
 from dataclasses import asdict
 
 import numpy as np
-from rich import box
-from rich.table import Table
+import pandas as pd
 from scipy import stats
 
 from .cases import Case
@@ -85,103 +84,90 @@ def verdicts(result: dict) -> list[dict]:
     return said
 
 
-def tables(result: dict) -> list[Table]:
+def tables(result: dict) -> str:
     """A complete run on the screen: the methods side by side, all cases, and the bars."""
-    return [_methods_table(result), _studies_table(result), _bars_table(result)]
+    parts = {
+        f"First case: {Case.of(result['records'][0]).words()}": _methods_table(result),
+        "R-LoRA in every case. The floor: what arithmetic and bytes allow at this machine's roof": (
+            _studies_table(result)
+        ),
+        "The bars: R-LoRA over another method": _bars_table(result),
+    }
+    return "\n\n".join(f"{title}\n{table.to_string()}" for title, table in parts.items())
 
 
-def _table(title: str, columns: list[str], left: int, caption: str | None = None) -> Table:
-    """An empty table, whose first `left` columns are words."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.pad_edge = False
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
-    return table
-
-
-def _value(one: dict, other: dict | None, of: str, digits: int = 2) -> str:
-    if other is None or (of in one and None in (one[of], other[of])):
+def _value(one: dict | None, other: dict | None, of: str, digits: int = 2) -> str:
+    """One over the other, with its interval where it has one."""
+    if one is None or other is None or (of in one and None in (one[of], other[of])):
         return "–"
-    return f"{ratio(one, other, of)[0]:.{digits}f}"
+    value, low, high = ratio(one, other, of)
+    if low == high:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def _interval(one: dict, other: dict | None, of: str) -> str:
-    if other is None or one is other:
-        return ""
-    _, low, high = ratio(one, other, of)
-    return f"{low:.2f}-{high:.2f}"
-
-
-def _methods_table(result: dict) -> Table:
-    records = [r for r in result["records"] if r["study"] == "bars" and not r["skipped"]]
+def _methods_table(result: dict) -> pd.DataFrame:
     base, lora = (find(result, method, study="bars") for method in ("base", "lora"))
-    rows = [
-        ("step, ms", lambda r: f"{1000 * np.median(times(r, 'step')):.1f}"),
-        ("  over base", lambda r: _value(r, base, "step")),
-        ("    95 %", lambda r: _interval(r, base, "step")),
-        ("  over LoRA", lambda r: _value(r, lora, "step")),
-        ("    95 %", lambda r: _interval(r, lora, "step")),
-        ("forward over base", lambda r: _value(r, base, "forward")),
-        ("backward over base", lambda r: _value(r, base, "backward")),
-        ("optimizer's share", lambda r: f"{np.median(times(r, 'optimizer') / times(r)):.1%}"),
-        ("kept, MiB", lambda r: f"{r['kept_bytes'] / 2**20:.1f}"),
-        ("  not parameters", lambda r: f"{r['kept_own_bytes'] / 2**20:.1f}"),
-        ("FLOPs over base", lambda r: _value(r, base, "flops", 3)),
-        ("bytes over base", lambda r: _value(r, base, "bytes", 3)),
-        ("floor over base", lambda r: _value(r, base, "floor_s", 3)),
-        ("trainable", lambda r: f"{r['trainable']:,}"),
-    ]
-    if result["config"]["device"] == "cuda":
-        rows.insert(10, ("peak, MiB", lambda r: f"{r['peak_bytes'] / 2**20:.0f}"))
-    names = [r["method"].replace("-", "\n") for r in records]
-    table = _table(Case.of(records[0]).words(), ["", *names], left=1)
-    for name, value in rows:
-        table.add_row(name, *map(value, records))
-    return table
+    columns = {}
+    for record in result["records"]:
+        if record["study"] != "bars" or record["skipped"]:
+            continue
+        step, optimizer = times(record), times(record, "optimizer")
+        rows = {
+            "step, ms": f"{1000 * np.median(step):.1f}",
+            "step over base": _value(record, base, "step"),
+            "step over LoRA": _value(record, lora, "step"),
+            "forward over base": _value(record, base, "forward"),
+            "backward over base": _value(record, base, "backward"),
+            "optimizer's share": f"{np.median(optimizer / step):.1%}",
+            "kept, MiB": f"{record['kept_bytes'] / 2**20:.1f}",
+            "  not parameters": f"{record['kept_own_bytes'] / 2**20:.1f}",
+            "FLOPs over base": _value(record, base, "flops", 3),
+            "bytes over base": _value(record, base, "bytes", 3),
+            "floor over base": _value(record, base, "floor_s", 3),
+            "trainable": f"{record['trainable']:,}",
+        }
+        if record["peak_bytes"] is not None:
+            rows["peak, MiB"] = f"{record['peak_bytes'] / 2**20:.0f}"
+        columns[record["method"]] = rows
+    return pd.DataFrame(columns)
 
 
-def _studies_table(result: dict) -> Table:
-    columns = ["what differs from the first case", "steps", "over base", "95 %", "over LoRA"]
-    table = _table(
-        "R-LoRA in every case",
-        [*columns, "95 %", "floor", "LoRA's"],
-        left=1,
-        caption="floor: what arithmetic and bytes allow at this machine's roof, over base",
-    )
-    records = [r for r in result["records"] if r["method"] == "rlora" and not r["skipped"]]
-    for record in records:
+def _studies_table(result: dict) -> pd.DataFrame:
+    first = Case.of(result["records"][0])
+    rows = {}
+    for record in result["records"]:
+        if record["method"] != "rlora" or record["skipped"]:
+            continue
         case = Case.of(record)
         base, lora = (beside(result, record, method) for method in ("base", "lora"))
         of = "token" if case.generate else "step"
-        table.add_row(
-            "(first)" if record is records[0] else case.words(Case.of(records[0])),
-            str(case.rounds),
-            _value(record, base, of),
-            _interval(record, base, of),
-            _value(record, lora, of),
-            _interval(record, lora, of),
-            _value(record, base, "floor_s"),
-            _value(lora, base, "floor_s") if lora else "–",
-        )
-    return table
+        rows[case.words(first) or "(first)"] = {
+            "steps": case.rounds,
+            "over base": _value(record, base, of),
+            "over LoRA": _value(record, lora, of),
+            "floor over base": _value(record, base, "floor_s"),
+            "LoRA's": _value(lora, base, "floor_s"),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _bars_table(result: dict) -> Table:
-    columns = ["R-LoRA's", "over", "at most", "", "95 %", ""]
-    table = _table("The bars", columns, left=2)
+def _bars_table(result: dict) -> pd.DataFrame:
     words = {"kept_bytes": "kept", "token": "time a token"}
+    rows = []
     for bar in result["bars"]:
         what = words.get(bar["of"], bar["of"])
         if "study" not in bar["case"]:
             what += f" ({Case(**bar['case']).words(Case())})"
-        row = [what, bar["against"], f"{bar['limit']:.2f}"]
-        if bar["value"] is None:
-            table.add_row(*row, "–", "", "not measured")
-            continue
-        exact = bar["low"] == bar["high"]
-        spread = "" if exact else f"{bar['low']:.3f}-{bar['high']:.3f}"
         verdict = "holds" if bar["holds"] else "missed"
-        if not bar["clear"]:
+        if bar["value"] is None:
+            value, verdict = "–", "not measured"
+        elif bar["low"] == bar["high"]:
+            value = f"{bar['value']:.3f}"
+        else:
+            value = f"{bar['value']:.3f} ({bar['low']:.3f}-{bar['high']:.3f})"
+        if bar["clear"] is False:
             verdict += ", not clearly"
-        table.add_row(*row, f"{bar['value']:.3f}", spread, verdict)
-    return table
+        rows.append((what, bar["against"], bar["limit"], value, verdict))
+    columns = ["what", "over", "at most", "is", "verdict"]
+    return pd.DataFrame(rows, columns=columns).set_index("what")
