@@ -11,9 +11,7 @@ from lab_helpers import plan_file
 from typer.testing import CliRunner
 
 from rlora_lab.__main__ import app, main
-from rlora_lab.models.bases import load_base
-from rlora_lab.models.methods import adapter_config
-from rlora_lab.names import METHODS, SUITES
+from rlora_lab.names import SUITES
 from rlora_lab.runs.record import read_records
 
 SMALL = ["--steps", "2", "--batch", "4"]
@@ -42,13 +40,8 @@ def test_two_methods_on_two_seeds(command, here: Path):
     file = here / "runs" / "quality-tiny-synthetic-2.jsonl"
     settings, records = read_records(file)
     (setting,) = settings.values()
-    assert [setting[k] for k in ("kind", "base", "steps", "batch", "r")] == [
-        "compare",
-        "tiny",
-        2,
-        4,
-        2,
-    ]
+    wanted = {"kind": "compare", "base": "tiny", "steps": 2, "batch": 4, "r": 2}
+    assert wanted.items() <= setting.items()
     assert [(r["stage"], r["method"], r["seed"], r["learning_rate"]) for r in records] == [
         ("test", method, seed, SUITES["synthetic"][0])
         for seed in (0, 1)
@@ -69,13 +62,10 @@ def test_a_rate_is_chosen_with_seeds_that_are_not_measured(command, here: Path):
     swept = [(r["learning_rate"], r["seed"]) for r in records if r["stage"] == "sweep"]
     assert swept == [(rate, seed) for rate in (0.0001, 0.02) for seed in (1000, 1001)]
     (test,) = [r for r in records if r["stage"] == "test"]
-    means = {
-        rate: sum(
-            sum(r["validation"]["letters"]) for r in records[:4] if r["learning_rate"] == rate
-        )
-        for rate in (0.0001, 0.02)
-    }
-    assert test["learning_rate"] == max(means, key=means.get) and test["seed"] == 0
+    sums = {0.0001: 0.0, 0.02: 0.0}
+    for record in records[:4]:
+        sums[record["learning_rate"]] += sum(record["validation"]["letters"])
+    assert test["learning_rate"] == max(sums, key=sums.get) and test["seed"] == 0
 
 
 @pytest.mark.parametrize("method", ["lora-rank", "one-head"])
@@ -84,28 +74,20 @@ def test_methods_without_several_heads_are_recorded(method: str, command, here: 
     assert code == 0 and "–" in said  # their cosine
     text = (here / "runs" / "quality-tiny-synthetic-2.jsonl").read_text()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
-    assert {line["method"]: line["similarity"] is None for line in lines[1:]} == {
-        method: True,
-        "rlora": False,
-    }
+    without = {line["method"]: line["similarity"] is None for line in lines[1:]}
+    assert without == {method: True, "rlora": False}
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--methods", "lora,dora"], "unknown method 'dora': allowed are lora, lora-classic"),
-        (["--methods", ""], "methods: .*at least 1"),
-        (["--methods", "lora,lora"], "methods must hold each once"),
         (["--base", "nobody/nothing"], "'nobody/nothing' could not be loaded"),
-        (["--suite", "songs"], "unknown suite 'songs': allowed are synthetic, sentences"),
         (["--suite", "sentences"], "'sentences' does not fit base 'tiny'"),
         (["--base", "minilm"], "'synthetic' does not fit base 'minilm'"),
         (["--steps", "0"], "steps: .*greater than or equal to 1, got 0"),
         (["--lr", "1e-3,fast"], "--lr must be one or several numbers"),
-        (["--lr", "0"], "rates.0: .*greater than 0, got 0"),
-        (["--lr", "1e-3,nan"], "rates.1: .*finite number, got nan"),
         (["--r", "0"], "settings.r: .*greater than or equal to 1, got 0"),
-        (["--lora-dropout", "1"], "lora_dropout: .*less than 1, got 1.0"),
     ],
 )
 def test_bad_input(options: list[str], message: str, command, here: Path):
@@ -153,11 +135,6 @@ def test_help_names_every_option(command_line: str):
     said = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}).output
     for name in HELP[command_line].split():
         assert f"{name} " in said
-
-
-def test_each_named_method_can_be_trained():
-    base = load_base("tiny")
-    assert {type(adapter_config(method, base)).__name__ for method in METHODS} >= {"LoraConfig"}
 
 
 READING = """

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from rlora_helpers import equation, layers_of, perturb, tensors_of
 from torch import nn
 
 from rlora_lab.errors import LabError
@@ -22,7 +23,6 @@ from rlora_lab.models.methods import (
     target_shapes,
 )
 from rlora_lab.tasks.strings import Synthetic
-from rlora_min import RLoraConfig, RLoraLayer
 
 widths, small = st.integers(1, 4000), st.integers(1, 16)
 
@@ -93,58 +93,37 @@ def test_what_the_methods_are():
         adapter_config("dora", load_base("tiny"))
 
 
-@pytest.mark.parametrize("many", [False, True])
-def test_hydraloras_own_masks(many: bool, monkeypatch: pytest.MonkeyPatch):
+def test_hydraloras_own_masks(monkeypatch: pytest.MonkeyPatch):
     """h = W0 x + (alpha / r) sum_i g_i(x) B_i A D_i(x), a mask on x for each head, head by head."""
-    N, r, p = 3, 4, 0.4
+    N, r, alpha, p = 3, 4, 6, 0.4
     base = nn.Sequential(nn.Linear(7, 5)).double()
-    own_type = HydraLoraConfig if many else RLoraConfig
-    config = own_type(
-        r=r,
-        num_heads=N,
-        lora_alpha=6,
-        lora_dropout=p,
-        use_rslora=False,
-        init_heads="zeros",
-        dropout_on="input",
-        router_init="kaiming",
-        target_modules=["0"],
-    )
-    W0, b = (parameter.detach().clone() for parameter in base[0].parameters())
-    model = get_peft_model(base, config).train()
-    layer = model.base_model.model[0]
-    for part in (layer.rlora_A, layer.rlora_B, layer.rlora_router):
-        part["default"].double()
-        nn.init.normal_(part["default"].weight)  # every trainable tensor is off its start
-    A, B, W_r = (
-        part["default"].weight for part in (layer.rlora_A, layer.rlora_B, layer.rlora_router)
-    )
+    sizes = {"r": r, "num_heads": N, "lora_alpha": alpha, "lora_dropout": p}
+    own = {"init_heads": "zeros", "dropout_on": "input", "router_init": "kaiming"}
+    config = HydraLoraConfig(target_modules=["0"], use_rslora=False, **sizes, **own)
+    model = perturb(get_peft_model(base, config)).train()  # every trained tensor off its start
+    layer = layers_of(model)[0]
+    t = tensors_of(layer)
     drawn = []
 
     def mask(x, p, training=True, inplace=False):  # one that is seen
-        if not training:
-            return x
         drawn.append(torch.bernoulli(0 * x + 1 - p) / (1 - p))
         return x * drawn[0]
 
-    monkeypatch.setattr(F, "dropout", mask)
     x = torch.randn(2, 6, 7, dtype=torch.double)
-    h = model(x)
-    (mask,) = drawn
-    assert mask.shape == ((2, 6, N, 7) if many else (2, 6, 7))
-    g = (x @ W_r.T).softmax(-1)
-    expected = x @ W0.T + b
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "dropout", mask)
+        h = model(x)
+    (masks,) = drawn
+    assert masks.shape == (2, 6, N, 7) and not torch.equal(masks[:, :, 0], masks[:, :, 1])
+    g = (x @ t["router"].T).softmax(-1)
+    expected = layer.base_layer(x)
     for i in range(N):
-        own = mask[:, :, i] if many else mask
-        expected = expected + 6 / r * g[..., i : i + 1] * (
-            (own * x) @ A.T @ B[:, i * r : (i + 1) * r].T
-        )
+        B_i = t["B"][:, i * r : (i + 1) * r]
+        head = (masks[:, :, i] * x) @ t["A"].T @ B_i.T
+        expected = expected + alpha / r * g[..., i : i + 1] * head
     torch.testing.assert_close(h, expected)
-    if many:
-        assert not torch.equal(mask[:, :, 0], mask[:, :, 1])
-        model.eval()
-        heads = sum(g[..., i : i + 1] * (x @ A.T @ B[:, i * r : (i + 1) * r].T) for i in range(N))
-        torch.testing.assert_close(model(x), x @ W0.T + b + 6 / r * heads)
+    unmasked = layer.base_layer(x) + equation(x, t, config)
+    torch.testing.assert_close(model.eval()(x), unmasked)
 
 
 def test_masks_for_each_head_need_hydralora():
@@ -155,22 +134,13 @@ def test_masks_for_each_head_need_hydralora():
 @pytest.mark.parametrize("method", ["mlora", "hydralora-own"])
 def test_variants_are_saved_and_loaded(method: str, tmp_path):
     suite = Synthetic()
-    model = adapt(method, load_base("tiny"), suite, seed=0).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+    model = perturb(adapt(method, load_base("tiny"), suite, seed=0).eval())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(load_base("tiny").model, tmp_path).eval()
     ids = suite.batch(8, 0)["input_ids"]
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
-    before, after = (m.peft_config["default"] for m in (model, loaded))
-    for name in ("peft_type", "rank_pattern", "r", "use_rslora"):
-        assert getattr(before, name) == getattr(after, name)
-    ranks = {
-        len(m.rlora_A["default"].weight) for m in loaded.modules() if isinstance(m, RLoraLayer)
-    }
+    ranks = {len(layer.rlora_A["default"].weight) for layer in layers_of(loaded)}
     assert ranks == ({4, 6} if method == "mlora" else {4})
 
 
