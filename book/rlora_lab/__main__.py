@@ -77,22 +77,22 @@ def _set_threads(threads: int | None) -> None:
 def _work(
     plan: dict[str, Block],
     records: Path,
-    *,
-    only: Sequence[str] = (),
-    methods: Sequence[str] = (),
     minutes: float,
     workers: int,
     show: bool = False,
+    only: Sequence[str] = (),
+    methods: Sequence[str] = (),
 ) -> None:
     """Do what is missing of the blocks asked for, all if none is named, and say what is left."""
     from .runs.worker import status_table, work
 
     console = Console()
-    asked = {"only": only, "methods": methods}
     if show:
         console.print(status_table(plan, records, only))
         return
-    done = work(plan, records, console, minutes=minutes, workers=workers, **asked)
+    done = work(
+        plan, records, console, only=only, methods=methods, minutes=minutes, workers=workers
+    )
     console.print(status_table(plan, records, only))
     console.print("All that was asked for is done." if done else "There is more to do.")
 
@@ -116,9 +116,7 @@ def evidence(
     Blocks of the suite sentences read the hub, or the folder in the environment variable
     RLORA_DATA; those of the suite language the hub, or the folder in RLORA_LANGUAGE.
     """
-    asked = {"only": _names(only), "methods": _names(methods)}
-    options = {"minutes": minutes, "workers": workers, "show": show}
-    _work(load_plan(plan), records, **asked, **options)
+    _work(load_plan(plan), records, minutes, workers, show, _names(only), _names(methods))
 
 
 @run_app.command()
@@ -198,7 +196,7 @@ def quality(
         },
     }
     plan = {name: make_block(name, values, "")}
-    _work(plan, records, minutes=minutes, workers=workers)
+    _work(plan, records, minutes, workers)
     _say_scores(plan, name, records)
 
 
@@ -223,11 +221,8 @@ def _say_scores(plan: dict[str, Block], name: str, records: Path) -> None:
 def _changed(plan: dict[str, Block], names: list[str], **changes: object) -> dict[str, Block]:
     """The plan with some fields of some blocks changed, those that are not None."""
     asked = {key: value for key, value in changes.items() if value is not None}
-    new = {
-        name: make_block(name, plan[name].model_dump(exclude={"name"}) | asked, "")
-        for name in names
-    }
-    return plan | new
+    blocks = {name: plan[name].model_dump(exclude={"name"}) | asked for name in names}
+    return plan | {name: make_block(name, values, "") for name, values in blocks.items()}
 
 
 @run_app.command()
@@ -248,8 +243,7 @@ def study(
     """
     fresh = range(1000, 1000 + seeds) if seeds else None
     plan = _changed(load_plan(), ["study"], trials=trials, steps=steps, seeds=fresh)
-    options = {"minutes": minutes, "workers": workers, "show": show}
-    _work(plan, records, only=["study"], **options)
+    _work(plan, records, minutes, workers, show, only=["study"])
 
 
 @run_app.command()
@@ -269,8 +263,7 @@ def scarce(
     skewed = [name for name, block in plan.items() if block.kind == "skewed"]
     alone = [name for name, block in plan.items() if block.kind == "alone"]
     plan = _changed(plan, skewed, steps=steps, seeds=range(seeds) if seeds else None)
-    options = {"minutes": minutes, "workers": workers, "show": show}
-    _work(plan, records, only=skewed + alone, **options)
+    _work(plan, records, minutes, workers, show, only=skewed + alone)
 
 
 @app.command()

@@ -13,7 +13,6 @@ from chapter_code import BOOK, CHAPTERS, read
 ROOT = BOOK.parent
 REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
 URL = REPOSITORY["url"]
-OWNER = URL.split("/")[3]
 
 # The level-2 headings of a chapter, in this order. Each may go on after a colon, and others may
 # stand between them.
@@ -247,65 +246,35 @@ def part(nb, name: str):
     return next(cell for cell in nb.cells if cell.source.startswith(f"## {name}"))
 
 
-def picture(nb):
-    return code_cell(nb, images)
+def output(kind: str, **fields) -> list:
+    return [nbformat.v4.new_output(kind, **fields)]
 
 
-def put(cell, **fields):
-    cell.update(fields)
-
-
-def stream(name: str, text: str):
-    return nbformat.v4.new_output("stream", name=name, text=text)
-
-
-def error():
-    return nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[])
-
-
+ERROR = output("error", ename="ValueError", evalue="", traceback=[])
+STDERR = output("stream", name="stderr", text="100%")
+HOME_SHOWN = output("stream", name="stdout", text="/home/me/file")
 BREAKS = {
-    "badge": lambda nb: put(nb.cells[0], source=nb.cells[0].source.replace(OWNER, "other")),
-    "badge: the first cell is not": lambda nb: nb.cells[0].metadata.pop("tags"),
-    "title": lambda nb: put(nb.cells[1], source="# Title alone"),
-    "set-up: the first code": lambda nb: put(
-        code_cell(nb), source=code_cell(nb).source.replace(OWNER, "other")
-    ),
+    "badge": lambda nb: nb.cells[0].update(source="[badge](https://colab.research.google.com)"),
+    "title": lambda nb: nb.cells[1].update(source="# Title alone"),
+    "set-up: the first code": lambda nb: code_cell(nb).update(source="import torch"),
     "set-up: not hidden": lambda nb: code_cell(nb).metadata.pop("cellView"),
-    "set-up: another": lambda nb: put(code_cell(nb, images), source="%pip install torch"),
-    "set-up: not the end": lambda nb: nb.cells.insert(
-        nb.cells.index(code_cell(nb)), nbformat.v4.new_markdown_cell("## Motivation")
-    ),
+    "set-up: another": lambda nb: code_cell(nb, images).update(source="%pip install torch"),
     "parts: '## Proof' is missing": lambda nb: nb.cells.remove(part(nb, "Proof")),
-    "parts: out of order": lambda nb: put(part(nb, "Code"), source="## Experiment"),
-    "parts: something stands after": lambda nb: nb.cells.append(
-        nbformat.v4.new_markdown_cell("## More")
-    ),
-    "parts: not exactly one title": lambda nb: put(nb.cells[2], source="# Again"),
-    "parts: no picture in 'Motivation'": lambda nb: put(picture(nb), outputs=[]),
-    "parts: no assert that prints its number in 'Proof'": lambda nb: [
-        put(cell, outputs=[]) for cell in sections(nb.cells)["Proof"] if cell.cell_type == "code"
-    ],
-    "parts: 'Symbols' has no table": lambda nb: put(part(nb, "Symbols"), source="## Symbols"),
-    "exercises: 0": lambda nb: [
-        put(cell, source=cell.source.replace("### Exercise", "### Task")) for cell in nb.cells
-    ],
+    "parts: out of order": lambda nb: part(nb, "Code").update(source="## Experiment"),
+    "parts: no picture in 'Motivation'": lambda nb: code_cell(nb, images).update(outputs=[]),
+    "parts: 'Symbols' has no table": lambda nb: part(nb, "Symbols").update(source="## Symbols"),
     "exercises: no hidden": lambda nb: code_cell(nb, is_solution).metadata.pop("cellView"),
-    "outputs: the cells did not run": lambda nb: put(code_cell(nb), execution_count=7),
-    "outputs: cell 1 ends in an error": lambda nb: put(code_cell(nb), outputs=[error()]),
-    "outputs: cell 1 writes to stderr": lambda nb: put(
-        code_cell(nb), outputs=[stream("stderr", "100%")]
-    ),
-    "outputs: cell 1 shows a path": lambda nb: put(
-        code_cell(nb), outputs=[stream("stdout", "/home/me/file")]
-    ),
-    "code: cell": lambda nb: put(code_cell(nb, lambda cell: not tags(cell)), source="1\n" * 40),
-    "pictures: cell": lambda nb: picture(nb).metadata["mystnb"]["image"].pop("alt"),
-    "shows a file": lambda nb: put(nb.cells[1], source="![a layer](layer.svg)"),
-    "text: cell 1 holds": lambda nb: put(nb.cells[1], source="```{note}\nRaw.\n```"),
-    "text: cell 2 holds": lambda nb: put(nb.cells[2], source="As {cite}`lora` says."),
-    "text: cell 1 names": lambda nb: put(nb.cells[1], source="https://github.com/me/rlora-book"),
-    "stamp: no hash": lambda nb: nb.metadata.pop(execute.STAMP),
-    "stamp: stale": lambda nb: put(code_cell(nb), source=code_cell(nb).source + "\n1"),
+    "outputs: the cells did not run": lambda nb: code_cell(nb).update(execution_count=7),
+    "outputs: cell 1 ends in an error": lambda nb: code_cell(nb).update(outputs=ERROR),
+    "outputs: cell 1 writes to stderr": lambda nb: code_cell(nb).update(outputs=STDERR),
+    "outputs: cell 1 shows a path": lambda nb: code_cell(nb).update(outputs=HOME_SHOWN),
+    "code: cell": lambda nb: code_cell(nb, lambda c: not tags(c)).update(source="1\n" * 40),
+    "pictures: cell": lambda nb: code_cell(nb, images).metadata["mystnb"]["image"].pop("alt"),
+    "shows a file": lambda nb: nb.cells[1].update(source="![a layer](layer.svg)"),
+    "text: cell 1 holds": lambda nb: nb.cells[1].update(source="```{note}\nRaw.\n```"),
+    "text: cell 2 holds": lambda nb: nb.cells[2].update(source="As {cite}`lora` says."),
+    "text: cell 1 names": lambda nb: nb.cells[1].update(source="https://github.com/me/rlora-book"),
+    "stamp: stale": lambda nb: code_cell(nb, is_solution).update(source="# @title Solution"),
     "stamp: ran": lambda nb: nb.metadata[execute.STAMP].update(seconds=61),
 }
 

@@ -12,12 +12,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from one_step import LR, Step, adapter_of, assert_same_step, case, far, loss_of, one_step, trains
+from one_step import (
+    LR,
+    Step,
+    adapter_of,
+    assert_same_step,
+    case,
+    far,
+    loss_of,
+    one_step,
+    without_dropout,
+)
 from peft import get_peft_model
 from rlora_helpers import KINDS, adapt, output, perturb
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from two_processes import in_shares, read, run_two, shares, write
+from two_processes import in_shares, read, run_two, shares, step_of_both, write
 
 from rlora_min import RLoraConfig
 
@@ -68,23 +78,16 @@ def zero_step(model: nn.Module, inputs: dict, stage: dict) -> Step:
     out = output(engine, shares(inputs)[dist.get_rank()])
     engine.backward(loss_of(out.float()))
     engine.step()
-    outputs = [torch.empty_like(out) for _ in range(2)]
-    dist.all_gather(outputs, out.detach().contiguous())
-    moved = {name: p - before[name] for name, p in whole(engine).items()}
-    gradients = {name: -p / LR for name, p in moved.items() if trains(name)}
-    return Step(torch.cat(outputs), gradients, moved)
+    return step_of_both(out, before, whole(engine))
 
 
 def made_cut() -> nn.Module:
     """GPT-2, whose Conv1D says its sizes by other names, in parts before it gets an adapter."""
     with deepspeed.zero.Init(config_dict_or_path=settings(STAGES["ZeRO 3, all cut"])):
         base = KINDS["gpt2"].build()
-    for module in base.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     assert all(p.numel() == 0 for p in base.parameters())
-    model = adapt(base, KINDS["gpt2"].targets, init_seed=0, lora_dropout=0.0)
-    return perturb(model, scale=0.05)
+    model = adapt(base, KINDS["gpt2"].targets, init_seed=0)
+    return perturb(without_dropout(model), scale=0.05)
 
 
 def resumed(folder: Path, init_seed: int | None) -> tuple[Tensor, Tensor]:
@@ -180,11 +183,7 @@ def test_a_step_is_that_of_one_process(folder, method, name, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_base_that_was_made_in_parts(folder, rank):
-    base = KINDS["gpt2"].base()
-    for module in base.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    model = adapt(base, KINDS["gpt2"].targets, init_seed=0, lora_dropout=0.0)
+    model = without_dropout(adapt(KINDS["gpt2"].base(), KINDS["gpt2"].targets, init_seed=0))
     state = load_file(folder / f"made cut, {rank}, before.safetensors")
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert missing == ["base_model.model.lm_head.weight"]  # tied

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from one_step import LR, Step, adapter_of, assert_same_step, far, one_step
+from one_step import LR, TRAINER, Step, adapter_of, assert_same_step, far, one_step
 from peft import LoraConfig, get_peft_model
 from rlora_helpers import KINDS, METHODS, perturb
 from sentence_transformers import (
@@ -16,11 +16,8 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, BertModel
 
 from rlora_min import RLoraConfig
 
@@ -36,18 +33,14 @@ SCORES = [0.1, 0.9, 0.4, 0.7]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(words, tmp_path_factory) -> Path:
     """A tiny sentence encoder on disk, and the BERT in it beside."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     config = KINDS["bert"].base().config
     config.update({"initializer_range": 0.3, "hidden_dropout_prob": 0.0})
     BertModel(config).save_pretrained(folder / "bert")
-    words = ["<pad>", "<unk>", *(f"w{i}" for i in range(1, 20))]
-    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = WhitespaceSplit()
-    special = {"pad_token": "<pad>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder / "bert")
+    words.save_pretrained(folder / "bert")
     encoder = Transformer(str(folder / "bert"))
     pooling = Pooling(encoder.get_embedding_dimension())
     SentenceTransformer(modules=[encoder, pooling], device="cpu").save_pretrained(
@@ -100,22 +93,9 @@ def test_a_step_of_its_trainer(folder, method, tmp_path):
     before = {name: p.detach().clone() for name, p in adapter_of(model).items()}
     embeddings = model.encode(TEXTS, convert_to_tensor=True)
     pairs = {"sentence1": TEXTS, "sentence2": OTHERS, "score": SCORES}
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=4,
-        optim="sgd",
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
     SentenceTransformerTrainer(
         model=model,
-        args=arguments,
+        args=SentenceTransformerTrainingArguments(output_dir=str(tmp_path), **TRAINER),
         train_dataset=Dataset.from_dict(pairs),
         loss=CosineSimilarityLoss(model),
     ).train()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from one_step import assert_same_step, case, far, one_step
+from one_step import assert_merging_is_refused, assert_same_step, case, far, one_step
 from rlora_helpers import KINDS, METHODS, adapt, layers_of, output, perturb
 from torch import Tensor, nn
 from torchao.quantization import (
@@ -92,30 +92,12 @@ def test_activations_in_int8():
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("safe", [False, True])
-def test_merging_into_a_quantized_base_is_refused_before_anything_changed(config, safe):
+# all of the base, or a part of it
+@pytest.mark.parametrize("which", ["base_layer", "layers.1.mlp.up_proj.base_layer"])
+def test_merging_into_a_quantized_base_is_refused(which, safe, config):
     model, inputs = case("mlora", dtype=torch.float32)
-    quantize(model, "base_layer", CONFIGS[config])
-    with torch.no_grad():
-        before = output(model, inputs)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="can't be merged into: export_lora"):
-            merge(safe_merge=safe)
-        assert not any(layer.merged for layer in layers_of(model))
-    with torch.no_grad():
-        assert output(model, inputs).equal(before)
-
-
-def test_merging_is_refused_whole_where_a_part_of_the_base_is_quantized():
-    model, inputs = case("mlora", dtype=torch.float32)
-    quantize(model, "layers.1.mlp.up_proj.base_layer", CONFIGS["int8"])
-    with torch.no_grad():
-        before = output(model, inputs)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="can't be merged into"):
-            merge()
-        assert not any(layer.merged for layer in layers_of(model))
-    with torch.no_grad():
-        assert output(model, inputs).equal(before)
+    quantize(model, which, CONFIGS[config])
+    assert_merging_is_refused(model, inputs, safe_merge=safe)
 
 
 def test_a_quantized_adapter_is_not_exported(tmp_path):

@@ -17,19 +17,20 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
-from one_step import LR, WIDE, Step, adapter_of, assert_same_step, far, one_step
+from one_step import (
+    TRAINER,
+    WIDE,
+    Step,
+    adapter_of,
+    assert_same_step,
+    far,
+    one_step,
+    without_dropout,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from rlora_helpers import KINDS, METHODS, perturb
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from rlora_min import RLoraConfig
@@ -39,36 +40,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 TARGETS = list(KINDS["llama"].targets)
+METHODS_AND_LORA = ["lora", "rlora", "centered", "mlora", "hydralora"]
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8", "w9"]
 GOOD = [" w10 w11", " w12 w13 w14", " w15", " w16 w17"]
 BAD = [" w18", " w19 w20", " w21 w22 w23", " w24 w25"]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(1, 29))]
-    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
-
-
 def settings(folder: Path) -> dict:
     """One step of plain gradient descent with all examples, and TRL's defaults for the rest."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "optim": "sgd",
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-    }
+    return {"output_dir": str(folder), "logging_steps": 1, "bf16": False, **TRAINER}
 
 
 def trained_step(trainer) -> tuple[dict, Step]:
@@ -106,7 +86,16 @@ def dataset(method: str) -> Dataset:
     return Dataset.from_dict({"prompt": PROMPTS, "completion": completions, "label": labels})
 
 
-TRAINERS = {"DPO": (DPOTrainer, DPOConfig), "KTO": (KTOTrainer, KTOConfig)}
+def preferring(trainer: str, model: nn.Module, words, folder: Path) -> DPOTrainer | KTOTrainer:
+    make, config = {"DPO": (DPOTrainer, DPOConfig), "KTO": (KTOTrainer, KTOConfig)}[trainer]
+    return make(
+        model=model,
+        args=config(**settings(folder)),
+        train_dataset=dataset(trainer),
+        processing_class=words,
+    )
+
+
 BETA = 0.1  # TRL's default for both
 
 
@@ -147,18 +136,12 @@ def adapted(method: str) -> PeftModel:
     return perturb(get_peft_model(base, config))
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("method", ["lora", "rlora", "centered", "mlora", "hydralora"])
-def test_the_reference_of_a_trained_adapter_is_its_copy(method, trainer, tmp_path):
+@pytest.mark.parametrize("trainer", LOSSES)
+@pytest.mark.parametrize("method", METHODS_AND_LORA)
+def test_the_reference_of_a_trained_adapter_is_its_copy(method, trainer, words, tmp_path):
     model = adapted(method)
-    plain = copy.deepcopy(model)
-    make, config = TRAINERS[trainer]
-    made = make(
-        model=model,
-        args=config(**settings(tmp_path)),
-        train_dataset=dataset(trainer),
-        processing_class=tokenizer(),
-    )
+    plain = without_dropout(copy.deepcopy(model))
+    made = preferring(trainer, model, words, tmp_path)
     parameters = dict(model.named_parameters())
     copies = [name for name in parameters if ".default." in name]
     assert copies
@@ -168,9 +151,6 @@ def test_the_reference_of_a_trained_adapter_is_its_copy(method, trainer, tmp_pat
 
     loss, at_the_start = LOSSES[trainer]
     assert step.output.item() == pytest.approx(at_the_start, abs=1e-5)
-    for module in plain.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     expected = plain_step(plain, batch, loss)
     reference = {name: p for name, p in step.moved.items() if ".ref." in name}
     assert reference and all(moved.abs().max() == 0 for moved in reference.values())
@@ -179,20 +159,14 @@ def test_the_reference_of_a_trained_adapter_is_its_copy(method, trainer, tmp_pat
     assert_same_step(step, expected, bound=1e-3)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", LOSSES)
 @pytest.mark.parametrize("on", ["heads", "input"])
-def test_dropout_is_switched_off_in_training_and_not_in_the_file(on, trainer, tmp_path):
+def test_dropout_is_switched_off_in_training_and_not_in_the_file(on, trainer, words, tmp_path):
     config = RLoraConfig(target_modules=TARGETS, lora_dropout=0.5, dropout_on=on)
     model = perturb(get_peft_model(KINDS["llama"].base(**WIDE["llama"]), config)).train()
     inputs = KINDS["llama"].inputs()
     assert far(model(**inputs).logits, model(**inputs).logits) > 0.01
-    make, arguments = TRAINERS[trainer]
-    make(
-        model=model,
-        args=arguments(**settings(tmp_path)),
-        train_dataset=dataset(trainer),
-        processing_class=tokenizer(),
-    )
+    preferring(trainer, model, words, tmp_path)
     assert model.train()(**inputs).logits.equal(model(**inputs).logits)
     model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
@@ -242,19 +216,19 @@ def sft_loss(model: nn.Module, batch: dict) -> Tensor:
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
-def sft(base: nn.Module, config, folder: Path) -> SFTTrainer:
+def sft(base: nn.Module, config, words, folder: Path) -> SFTTrainer:
     texts = [prompt + good for prompt, good in zip(PROMPTS, GOOD, strict=True)]
     return SFTTrainer(
         model=base,
         args=SFTConfig(**settings(folder)),
         train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer(),
+        processing_class=words,
         peft_config=config,
     )
 
 
-@pytest.mark.parametrize("method", ["lora", "rlora", "centered", "mlora", "hydralora"])
-def test_fine_tuning_on_4_bits(method, base_folder, tmp_path):
+@pytest.mark.parametrize("method", METHODS_AND_LORA)
+def test_fine_tuning_on_4_bits(method, base_folder, words, tmp_path):
     if method == "lora":
         config = LoraConfig(target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM")
     else:
@@ -262,7 +236,7 @@ def test_fine_tuning_on_4_bits(method, base_folder, tmp_path):
         if METHODS[method].get("init_heads") == "zeros":
             off["router_init"] = "kaiming"
         config = RLoraConfig(target_modules=TARGETS, **METHODS[method] | off)
-    trainer = sft(in_4_bit(base_folder), config, tmp_path)
+    trainer = sft(in_4_bit(base_folder), config, words, tmp_path)
     perturb(trainer.model, scale=0.05)
     trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
     assert trained == {torch.bfloat16}
@@ -282,11 +256,11 @@ def test_fine_tuning_on_4_bits(method, base_folder, tmp_path):
 
 
 @pytest.mark.parametrize("heads", ["random", "centered"])
-def test_the_start_on_4_bits_is_the_base_up_to_bf16(heads, base_folder, tmp_path):
+def test_the_start_on_4_bits_is_the_base_up_to_bf16(heads, base_folder, words, tmp_path):
     config = RLoraConfig(
         target_modules=TARGETS, init_heads=heads, init_seed=0, task_type="CAUSAL_LM"
     )
-    model = sft(in_4_bit(base_folder), config, tmp_path).model.eval()
+    model = sft(in_4_bit(base_folder), config, words, tmp_path).model.eval()
     inputs = KINDS["llama"].inputs()
     with torch.no_grad():
         start = model(**inputs).logits

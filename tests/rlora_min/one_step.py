@@ -3,14 +3,28 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
-from rlora_helpers import KINDS, METHODS, adapt, output, perturb
+from rlora_helpers import KINDS, METHODS, adapt, layers_of, output, perturb
 from torch import Tensor, nn
 
 LR = 1.0  # of plain gradient descent
 PARTS = ("rlora_A", "rlora_B", "rlora_router", "rlora_A0", "rlora_B0")
 # Weights so wide that every part of the adapter gets a gradient well above rounding.
 WIDE = {"llama": {"initializer_range": 0.4}}
+# The same step by transformers' Trainer, and by those made from it.
+TRAINER = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 4,
+    "optim": "sgd",
+    "learning_rate": LR,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 # What tools put into the names of a model's parameters.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "_module.")
 
@@ -42,6 +56,14 @@ def adapter_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in named.items() if "lora_" in name}
 
 
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """The linear maps of its adapters."""
+    found = []
+    for layer in layers_of(model):
+        found += [part for name in PARTS for part in getattr(layer, name).values()]
+    return found
+
+
 def case(method: str = "rlora", kind: str = "llama", dtype=torch.float64, **settings):
     """A small model with an adapter off its start and no dropout, and a batch for it.
 
@@ -51,6 +73,14 @@ def case(method: str = "rlora", kind: str = "llama", dtype=torch.float64, **sett
     settings = {"init_seed": 0} | METHODS[method] | {"lora_dropout": 0.0} | settings
     model = perturb(adapt(base, KINDS[kind].targets, **settings))
     return model, KINDS[kind].inputs(batch=4, dtype=dtype)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model, its own dropout and the base's switched off in training too."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def loss_of(out: Tensor) -> Tensor:
@@ -88,3 +118,14 @@ def assert_same_step(found: Step, plain: Step, bound: float = 1e-9) -> None:
         assert far(found.moved[name], plain.moved[name]) < bound, name
     for name in plain.moved.keys() - plain.gradients.keys():
         assert found.moved[name].abs().max() == 0 == plain.moved[name].abs().max(), name
+
+
+@torch.no_grad()
+def assert_merging_is_refused(model: nn.Module, inputs, **how) -> None:
+    """Before anything was changed."""
+    before = output(model, inputs)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="can't be merged into: export_lora"):
+            merge(**how)
+        assert not any(layer.merged for layer in layers_of(model))
+    assert output(model, inputs).equal(before)

@@ -8,7 +8,6 @@ import torch
 from peft import (
     PeftConfig,
     PeftModel,
-    TaskType,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
@@ -72,19 +71,6 @@ def test_every_setting_survives_the_file(tmp_path):
         assert type(back) is RLoraConfig and back.peft_type == "RLORA"
         assert {k: getattr(back, k) for k in settings} == settings
         assert set(back.target_modules) == {"0", "2"}
-
-
-def test_training_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path):
-    batches = [LLAMA.inputs(seed) for seed in range(4)]
-    model = adapt(LLAMA.base(), LLAMA.targets, lora_dropout=0)
-    train(model, batches[:2])
-    model.save_pretrained(tmp_path)
-    resumed = PeftModel.from_pretrained(LLAMA.base(), tmp_path, is_trainable=True)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n for n, p in resumed.named_parameters() if p.requires_grad} == trained
-    train(model, batches[2:])
-    train(resumed, batches[2:])
-    assert same_tensors(snapshot(model), snapshot(resumed))
 
 
 @pytest.mark.parametrize("second", ["mlora", "centered", "lora"])
@@ -252,16 +238,6 @@ def test_biases_and_whole_modules_are_trained_and_saved_as_peft_means_it(bias, t
     assert torch.equal(evaluated(loaded, inputs), evaluated(model, inputs))
 
 
-def test_sequence_classification_keeps_its_head_and_biases_as_peft_means_it(tmp_path):
-    kind = KINDS["bert"]
-    model = adapt(kind.base(), kind.targets, task_type=TaskType.SEQ_CLS, bias="rlora_only")
-    train(model, [kind.inputs(seed) for seed in range(2)])
-    assert any("classifier" in n for n, p in model.named_parameters() if p.requires_grad)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(kind.base(), tmp_path)
-    assert torch.equal(evaluated(loaded, kind.inputs()), evaluated(model, kind.inputs()))
-
-
 @pytest.mark.parametrize("bias", ["none", "all"])
 def test_injected_without_a_peft_model_it_is_the_same_adapter(bias):
     kind = KINDS["gpt2"]
@@ -293,15 +269,3 @@ def test_what_a_tool_hands_over_without_the_side_pair_is_saved_with_it(seeded, t
         with pytest.warns(UserWarning, match="rlora_A0.default.weight.*Set init_seed"):
             left = get_peft_model_state_dict(model, state_dict=trained)
         assert left.keys() == {name for name in whole if "_A0." not in name and "_B0." not in name}
-
-
-def test_a_copy_of_a_trained_adapter_by_parameters_is_that_adapter():
-    """As TRL makes its reference for DPO and KTO."""
-    model = perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets))
-    expected = evaluated(model, SEQUENTIAL.inputs())
-    model.add_adapter("ref", model.peft_config["default"])
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-    model.set_adapter("ref")
-    assert torch.equal(evaluated(model, SEQUENTIAL.inputs()), expected)

@@ -11,20 +11,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_submodules
-from one_step import PARTS, assert_same_step, case, far, loss_of, one_step
+from one_step import PARTS, assert_same_step, case, far, loss_of, one_step, parts_of
 from rlora_helpers import layers_of, output
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune
 
 METHODS = ("rlora", "mlora", "hydralora")
-
-
-def parts_of(model: nn.Module, names=PARTS) -> list[nn.Linear]:
-    found = []
-    for layer in layers_of(model):
-        found += [part for name in names for part in getattr(layer, name).values()]
-    return found
 
 
 # Hooks

@@ -28,14 +28,22 @@ from rlora_min import RLoraConfig
 pytestmark = STRICT
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
 @pytest.mark.parametrize("method", METHODS)
-def test_in_evaluation_an_adapter_under_a_uniform_router_starts_at_the_base(kind, method):
-    inputs = kind.inputs()
-    expected = evaluated(kind.base(), inputs)
-    model = adapt(kind.base(), kind.targets, **METHODS[method])
-    assert relative(evaluated(model, inputs) - expected, expected) < 1e-6
+def test_in_evaluation_an_adapter_starts_at_the_base(kind, method, dtype, bound):
+    inputs, base = kind.inputs(dtype=dtype), kind.base().to(dtype)
+    expected = evaluated(base, inputs)
+    model = adapt(base, kind.targets, **METHODS[method])
+    assert {t.dtype for t in adapter_tensors(model).values()} == {torch.float32}
+    start = evaluated(model, inputs)
+    assert start.dtype == dtype
+    assert relative((start - expected).float(), expected.float()) < bound
+    for layer in layers_of(model):
+        x = torch.randn(9, layer.in_features, dtype=dtype)
+        update, h = layer._update(x, "default"), layer.base_layer(x)
+        assert relative(update, h.float()) < 1e-5
     perturb(model)
-    assert relative(evaluated(model, inputs) - expected, expected) > 1e-3
+    assert relative((evaluated(model, inputs) - expected).float(), expected.float()) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from one_step import Step
+import torch.distributed as dist
+from one_step import LR, Step, trains
 from rlora_helpers import output
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ def shares(inputs: dict) -> list[dict]:
 def in_shares(model: nn.Module, inputs: dict) -> Tensor:
     """The output of one process, computed in the ranks' shares: as they round, it rounds."""
     return torch.cat([output(model, share) for share in shares(inputs)])
+
+
+def step_of_both(out: Tensor, before: dict[str, Tensor], after: dict[str, Tensor]) -> Step:
+    """Their outputs, and the whole adapter before and after: it moved by LR times the gradient."""
+    outputs = [torch.empty_like(out) for _ in range(2)]
+    dist.all_gather(outputs, out.detach().contiguous())
+    moved = {name: p - before[name] for name, p in after.items()}
+    gradients = {name: -p / LR for name, p in moved.items() if trains(name)}
+    return Step(torch.cat(outputs), gradients, moved)
 
 
 def write(step: Step, path: Path) -> None:
