@@ -54,9 +54,9 @@ WRONG = {
 
 
 @given(st.fixed_dictionaries({}, optional=RIGHT))
-def test_what_is_allowed_makes_a_config(given):
-    config = RLoraConfig(**given)
-    assert {name: getattr(config, name) for name in given} == given
+def test_what_is_allowed_makes_a_config(asked):
+    config = RLoraConfig(**asked)
+    assert {name: getattr(config, name) for name in asked} == asked
 
 
 @pytest.mark.parametrize("setting", WRONG)
@@ -65,11 +65,11 @@ def test_what_is_allowed_makes_a_config(given):
 def test_a_wrong_setting_is_named_with_what_is_allowed_and_what_it_was(setting, data):
     values, allowed = WRONG[setting]
     value = data.draw(values)
-    given, name = {setting: value}, setting
+    asked, name = {setting: value}, setting
     if setting.endswith("pattern"):
-        given, name = {setting: {"a": value}}, f"{setting}['a']"
+        asked, name = {setting: {"a": value}}, f"{setting}['a']"
     with pytest.raises(ValueError) as caught:
-        RLoraConfig(**given)
+        RLoraConfig(**asked)
     said = str(caught.value)
     assert said.startswith(f"{name} must ") and allowed in said and f"got {value!r}" in said
 
