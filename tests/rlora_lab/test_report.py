@@ -456,22 +456,22 @@ def test_how_many_leads_are_shown(sigma: float, count: int, tmp_path: Path):
 def test_the_picture_of_the_leads(tmp_path: Path):
     """Each lead is a mark, filled where the narrow band leaves it out; each record is a band."""
     plan = make_up(tmp_path, seeds=2, a={})
-    wide, narrow = (with_scatter(evidence(tmp_path, plan), sigma) for sigma in (10.0, 1.0))
+    wide, narrow = (with_scatter(evidence(tmp_path, plan), sigma) for sigma in (10.0, 0.5))
     ax = leads_plot({"narrow": narrow, "wide": wide}).axes[0]
     zero, *marks = ax.lines
     drawn = {fill: [] for fill in ("full", "none")}
     for line in marks:
         drawn[line.get_fillstyle()] += line.get_xdata().tolist()
     every = leads().stack().dropna()
-    outside = every[every.abs() > 8**0.5]
-    assert sorted(drawn["full"]) == pytest.approx(sorted(outside)) and len(outside) == 4
-    assert len(drawn["none"]) == len(every) - 4
+    outside = every[every.abs() > 2**0.5]
+    assert sorted(drawn["full"]) == pytest.approx(sorted(outside)) and len(outside) == 7
+    assert len(drawn["none"]) == len(every) - 7
     edges = [(p.get_x(), p.get_x() + p.get_width()) for p in ax.patches]
-    assert edges == [pytest.approx(ax.get_xlim()), pytest.approx((-(8**0.5), 8**0.5))]
+    assert edges == [pytest.approx(ax.get_xlim()), pytest.approx((-(2**0.5), 2**0.5))]
     said = {note.get_text().strip() for note in ax.texts}
-    assert said == {"narrow: ±2.8", "wide: ±28.3"}
+    assert said == {"narrow: ±1.4", "wide: ±28.3"}
     assert "Of 20 published leads" in ax.get_title()
-    assert "4 with the luck of our narrow, 0 with the luck of our wide" in ax.get_title()
+    assert "7 with the luck of our narrow, 0 with the luck of our wide" in ax.get_title()
 
 
 @pytest.mark.parametrize(
