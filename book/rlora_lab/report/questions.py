@@ -15,6 +15,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import ttest_power
 
 from ..errors import LabError
+from ..names import UNTRAINED
 from .loading import chosen_records, score_array
 
 
@@ -45,8 +46,8 @@ class Contrast:
     holm: float
     """The same, corrected by Holm for all contrasts of the family."""
     detectable: float
-    """The smallest true difference that so many seeds with this spread show with 80 % power at the
-    uncorrected 5 % level."""
+    """The smallest true difference that so many seeds with this spread show with 80 % power, at the
+    level that the family asks of its smallest p: 5 % over the number of its questions."""
 
     @property
     def verdict(self) -> str:
@@ -61,14 +62,14 @@ def holm(p: Iterable[float]) -> np.ndarray:
     return multipletests(list(p), method="holm")[1]
 
 
-def detectable(spread: float, n: int, power: float = 0.8) -> float:
+def detectable(spread: float, n: int, power: float = 0.8, level: float = 0.05) -> float:
     """The smallest true mean of `n` differences of standard deviation `spread` that a two-sided t
-    test at 5 % finds, with its sign, with that power."""
+    test at that level finds, with its sign, with that power."""
 
     def lacks(size: float) -> float:  # size: the true mean in standard deviations
-        return ttest_power(size, n, 0.025, alternative="larger") - power
+        return ttest_power(size, n, level / 2, alternative="larger") - power
 
-    enough = (2 * stats.t.ppf(0.975, n - 1) + 5) / n**0.5
+    enough = (2 * stats.t.ppf(1 - level / 2, n - 1) + 5) / n**0.5
     return float(optimize.brentq(lacks, 0, enough)) * float(spread)
 
 
@@ -85,7 +86,10 @@ def family(differences: dict[str, np.ndarray]) -> list[Contrast]:
             differences.items(),
             p,
             holm(p).tolist(),
-            [detectable(np.std(v, ddof=1), len(v)) for v in differences.values()],
+            [
+                detectable(np.std(v, ddof=1), len(v), level=0.05 / len(differences))
+                for v in differences.values()
+            ],
             strict=True,
         )
     ]
@@ -137,17 +141,22 @@ IDEAS = (
     ("side pair rather than centred heads", "rlora", "rlora-centered"),
     ("alpha / sqrt(r) rather than alpha / r", "lora", "lora-classic"),
     ("authors' rather than HydraLoRA's own form", "hydralora", "hydralora-own"),
+    ("HydraLoRA at alpha / sqrt(r) rather than alpha / r", "hydralora", "hydralora-classic"),
     ("two and a half times the parameters", "lora", "lora-rank"),
+    ("a random start, at R-LoRA's rank", "lora-rank+init", "lora-rank"),
+    ("a head a task, told the task", "oracle", "lora"),
+    ("a router that starts at random", "rlora+router", "rlora"),
+    ("a start that is not the base", "rlora-moved", "rlora"),
 )
 
 
-def against_rlora(result: dict, metric: str | None = None) -> list[Contrast]:
-    """Each method less R-LoRA, a family of its own."""
+def rlora_less(result: dict, metric: str | None = None) -> list[Contrast]:
+    """R-LoRA less each other method, a family of its own; names are the others'."""
     return family(
         {
-            method: differences(result, method, "rlora", metric)
+            method: differences(result, "rlora", method, metric)
             for method in result["methods"]
-            if method != "rlora"
+            if method not in ("rlora", UNTRAINED)
         }
     )
 
