@@ -472,9 +472,8 @@ def test_the_picture_of_the_leads(tmp_path: Path):
     plan = make_up(tmp_path, seeds=2, a={})
     wide, narrow = (with_scatter(evidence(tmp_path, plan), sigma) for sigma in (10.0, 0.5))
     ax = leads_plot({"narrow": narrow, "wide": wide}).axes[0]
-    zero, *marks = ax.lines
     drawn = {fill: [] for fill in ("full", "none")}
-    for line in marks:
+    for line in ax.lines:
         drawn[line.get_fillstyle()] += line.get_xdata().tolist()
     every = leads().stack().dropna()
     outside = every[every.abs() > 2**0.5]

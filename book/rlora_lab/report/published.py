@@ -154,9 +154,8 @@ def leads_plot(records: dict[str, dict]) -> Figure:
     greys = np.linspace(0.95, 0.85, len(limits))
     for (words, limit), grey in zip(limits.items(), greys, strict=True):
         ax.axvspan(max(-limit, left), min(limit, right), color=str(grey), linewidth=0, zorder=0)
-        note = ax.text(min(limit, right), -0.9, f"{words}: ±{limit:.1f} ", ha="right", va="center")
-        note.set_bbox({"color": str(grey), "pad": 0})  # over the line at zero
-    ax.axvline(0, color="black", linewidth=1, linestyle="-", marker="")
+        ax.text(min(limit, right), -0.9, f"{words}: ±{limit:.1f} ", ha="right", va="center")
+    ax.vlines(0, -0.5, len(places) - 0.5, color="black", linewidth=1)
     for y, ((opponent, _), own) in enumerate(places.items()):
         for part, fill in ((own.abs() > limits.min(), "full"), (own.abs() <= limits.min(), "none")):
             style = METHOD_STYLES[STYLES[opponent]] | {"linestyle": "", "fillstyle": fill}
