@@ -406,11 +406,11 @@ def test_scatter_and_what_one_run_shows(tmp_path: Path):
     assert found["paired"] == pytest.approx(deviation(scores["rlora"] - scores["lora"]))
     assert found["paired"][0] < found["lora"][0] / 2  # their luck is shared
     table = scatter_table({"words": result})
-    assert [*table.index] == ["words: LoRA", "words: R-LoRA", "words: R-LoRA less LoRA, paired"]
+    assert [*table.index] == ["words: LoRA", "words: R-LoRA", "words: their difference"]
     row = table.loc["words: R-LoRA"]
     assert row["one run each shows"] == pytest.approx(8**0.5 * found["rlora"][0])
     assert tuple(row[["sigma", "sigma from", "sigma to"]]) == found["rlora"] and row["seeds"] == 6
-    row = table.loc["words: R-LoRA less LoRA, paired"]
+    row = table.loc["words: their difference"]
     assert row["one run each shows"] == pytest.approx(2 * found["paired"][0])
     independent = (found["lora"][0] ** 2 + found["rlora"][0] ** 2) ** 0.5
     assert row["if luck were independent"] == pytest.approx(independent)

@@ -101,7 +101,7 @@ def scatter_table(records: dict[str, dict]) -> pd.DataFrame:
         independent = np.hypot(*(found[m][0] for m in PAIR))
         for name, (sigma, low, high) in found.items():
             alone = name in METHOD_STYLES
-            label = METHOD_STYLES[name]["label"] if alone else "R-LoRA less LoRA, paired"
+            label = METHOD_STYLES[name]["label"] if alone else "their difference"
             rows[f"{words}: {label}"] = {
                 "seeds": len(result["seeds"]),
                 "sigma": sigma,
