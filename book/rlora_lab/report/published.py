@@ -107,7 +107,7 @@ def scatter_table(records: dict[str, dict]) -> pd.DataFrame:
                 "sigma": sigma,
                 "sigma from": low,
                 "sigma to": high,
-                "if luck were independent": np.nan if alone else independent,
+                "if independent": np.nan if alone else independent,
                 "one run each shows": (SHOWN if alone else 2) * sigma,
             }
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -162,7 +162,7 @@ def leads_plot(records: dict[str, dict]) -> Figure:
             ax.plot(own[part], np.full(part.sum(), y), **style, markersize=7)
     ax.set_yticks(range(len(places)), [", ".join(place) for place in places])
     ax.set(xlim=(left, right), ylim=(len(places) - 0.5, -1.4))
-    ax.set_xlabel("← other better      R-LoRA minus the other, points      R-LoRA better →")
+    ax.set_xlabel("← other better      R-LoRA less the other, points      R-LoRA better →")
     found = [f"{count} with the luck of our {name}" for name, count in table["leads shown"].items()]
     total = table["published leads"].iloc[0]
     ax.set_title(f"Of {total} published leads one run each could show\n{', '.join(found[::-1])}")
