@@ -36,8 +36,8 @@ PUBLISHED = {  # (source, what was measured): the average of each of ROWS
     ("v1, Table 3", "Flan to BBH, LLaMA-2 13B"): (40.9, _, 44.7, _, _, 45.4),
     ("later", "8 tasks, Qwen2.5-3B"): (_, 76.48, _, _, _, 77.99),
     ("later", "8 tasks, 7B"): (_, 80.48, _, _, _, 81.74),
-    ("later", "8 tasks to BBH, 7B"): (_, 49.51, _, _, _, 49.51),
-    ("later", "8 tasks to BBH, 14B"): (_, 54.23, _, _, _, 54.08),
+    ("later", "BBH, 7B"): (_, 49.51, _, _, _, 49.51),
+    ("later", "BBH, 14B"): (_, 54.23, _, _, _, 54.08),
     ("later", "Flan to BBH, LLaMA-2 7B"): (_, 42.21, _, _, _, 42.24),
     ("later", "Flan to BBH, LLaMA-2 13B"): (_, 45.02, _, _, _, 44.96),
     # three models, of which we have not noted the names
@@ -45,7 +45,7 @@ PUBLISHED = {  # (source, what was measured): the average of each of ROWS
     ("later", "5 tasks to BBH, second model"): (_, 44.89, _, _, _, 45.01),
     ("later", "5 tasks to BBH, third model"): (_, 52.93, _, _, _, 52.21),
 }
-OUTSIDE = "BBH"  # in a comparison's name: its tasks are not those that were trained on
+OUTSIDE = "BBH"  # in the name of a comparison that is out of domain
 PAIR = ("lora", "rlora")  # whose scatter is set against the leads
 STYLES = {  # the look of each row but the last
     "LoRA, smaller": "lora-rank",
