@@ -2,7 +2,7 @@
 
     python book/pictures.py
 
-It writes `_static/evidence.svg`: what other methods had more of than R-LoRA on the ten string tasks,
+It writes `_static/evidence.svg`: what other methods got right more than R-LoRA on ten string tasks,
 as chapter 08 draws it, for a phone's width. The numbers stand in the file as well, and a test holds
 them to the records: where the records have changed, draw it again.
 """

@@ -1,10 +1,11 @@
-"""How long a chapter takes to read, by a rule, and how high its page is.
+"""How long a chapter takes to read, by a rule, how much of it is folded, how high its page is.
 
     python book/reading.py [--site _build/html]
 
 The rule: prose, tables and formulas at 225 words a minute, where a word is what stands between two
 spaces of the Markdown, without the addresses of links; visible code at 30 lines a minute, blank
-lines not counted. What is folded and the exercises are not counted, nor is what code prints.
+lines not counted. What is folded and the exercises are not counted, nor is what code prints. Cells
+that only draw or check are folded, by the tag `hide-input`; their number is printed.
 
 Heights are in pixels of a window 1280 wide, as the built page stands, and with all that is folded
 open. They need chromium, and a site: `make book`.
@@ -81,19 +82,20 @@ def main() -> int:
     parser.add_argument("--site", type=Path, help="a built site, for the heights of its pages")
     site = parser.parse_args().site
     chapters = sorted(BOOK.glob("[0-9][0-9]*.ipynb"))
-    sizes = [None] * len(chapters)
+    sizes = [("", "")] * len(chapters)
     if site:
         try:
             sizes = heights([site / "book" / f"{path.stem}.html" for path in chapters])
         except FileNotFoundError as error:
             print(error, file=sys.stderr)
             return 1
-    print(f"{'chapter':30} {'words':>6} {'lines':>6} {'minutes':>8} {'closed':>7} {'open':>7}")
+    heads = ("words", "lines", "folded", "minutes", "closed", "open")
+    print(f"{'chapter':30}", *(f"{head:>8}" for head in heads))
     for path, size in zip(chapters, sizes, strict=True):
-        words, lines = count(json.loads(path.read_text("utf-8"))["cells"])
-        closed, opened = size or ("", "")
-        minutes = f"{read_minutes(path):.0f}"
-        print(f"{path.stem:30} {words:6} {lines:6} {minutes:>8} {closed:>7} {opened:>7}")
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        folded = sum("hide-input" in cell["metadata"].get("tags", []) for cell in cells)
+        numbers = (*count(cells), folded, round(read_minutes(path)), *size)
+        print(f"{path.stem:30}", *(f"{number:>8}" for number in numbers))
     return 0
 
 

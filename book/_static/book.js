@@ -18,6 +18,11 @@
     }
   }
 
+  // A formula that is bound to the stop after it may still break between its parts.
+  function loosenFormulas() {
+    for (const part of all(".nobreak .base + .base")) part.before(document.createElement("wbr"));
+  }
+
   const boxes = ":is(pre, div.math, .cell_output, .output, .pst-scrollable-table-container)";
   function showScrolling() {
     for (const box of all(boxes)) {
@@ -73,6 +78,7 @@
   }
 
   window.addEventListener("load", async () => {
+    loosenFormulas();
     alignNumbers();
     enlargePictures();
     await document.fonts.ready; // before that, formulas have other widths

@@ -11,7 +11,8 @@ document.addEventListener("DOMContentLoaded", () => {
   const perform = Search._performSearch;
   Search._performSearch = (...query) => {
     const { docnames, titles } = Search._index;
-    return perform(...query).map(([name, title, anchor, ...rest]) => {
+    const best = perform(...query).slice(-30); // the last one is shown first
+    return best.map(([name, title, anchor, ...rest]) => {
       const [page, section] = name.split("#");
       if (!section) return [name, title, anchor, ...rest];
       return [page, `${title} (${titles[docnames.indexOf(page)]})`, `#${section}`, ...rest];
@@ -21,9 +22,9 @@ document.addEventListener("DOMContentLoaded", () => {
     "script, style, .headerlink, .math, details.hide, .cell_output, .onlyprint, .prev-next-footer";
   Search.htmlToText = (html, anchor) => {
     const page = new DOMParser().parseFromString(html, "text/html");
-    const section = page.querySelector(anchor || "article section") ?? page.body;
+    const found = page.querySelector(anchor || "article section") ?? page.body;
+    const section = found.tagName === "DT" ? found.nextElementSibling : found;
     for (const element of section.querySelectorAll(`${noWords}, section`)) element.remove();
-    const defined = section.tagName === "DT" ? section.nextElementSibling : section;
-    return defined.textContent;
+    return section.textContent;
   };
 });

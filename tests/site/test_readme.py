@@ -1,6 +1,7 @@
-"""The README: its lines run, and its numbers are the recorded ones."""
+"""The README and the first page: lines run, and numbers and the picture are the recorded ones."""
 
 import re
+import runpy
 
 from project import ROOT
 
@@ -48,6 +49,25 @@ def rows() -> list[str]:
 
 def test_numbers_are_the_recorded_ones():
     assert re.findall(r"^\| .*\d\.\d.*\|$", README, re.M) == rows()
+
+
+def test_the_first_sentence_has_the_recorded_number():
+    record = load_evidence("synthetic", say=False)
+    (c,) = [c for c in against_rlora(record) if c.name == "lora"]
+    seeds = len(record["seeds"])
+    for page in ("README.md", "index.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        lead = (
+            f"**A plain LoRA of the same size got {c.mean:.1f} percentage points more letters right"
+        )
+        assert lead in text
+        assert f"(95 % interval {c.low:.1f} to {c.high:.1f}, {seeds} seeds)" in text
+
+
+def test_the_forest_plot_is_that_of_the_records():
+    pictures = runpy.run_path(str(ROOT / "book" / "pictures.py"))
+    drawn = pictures["PICTURE"].read_text()
+    assert pictures["numbers"](pictures["contrasts"]()) in drawn, "python book/pictures.py"
 
 
 def test_the_last_row_is_smaller():
