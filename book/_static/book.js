@@ -39,7 +39,7 @@
   }
 
   // A number, or an interval such as "-6.0 (-10.1 to -1.9) *".
-  const number = /^[-+−±~<>≤≥]?\s?\d[\d.,]*( ?(%|×|MB|GB|kB|ms|s|min|h))?( \(.*\))?( \*)?$/;
+  const number = /^[–—]$|^[-+−±~<>≤≥]?\s?\d[\d.,]*( ?(%|×|MB|GB|kB|ms|s|min|h))?( \(.*\))?( \*)?$/;
   function alignNumbers() {
     for (const cell of all("td")) {
       if (number.test(cell.textContent.trim())) cell.classList.add("number");
