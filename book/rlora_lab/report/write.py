@@ -16,9 +16,9 @@ from .published import PAIR, leads, leads_plot, published, scatter_table, shown_
 from .questions import (
     SIMPLEST_FIRST,
     Contrast,
-    against_rlora,
     ideas,
     relatedness,
+    rlora_less,
     similarity_points,
 )
 from .tables import (
@@ -86,8 +86,8 @@ class Report:
             self.picture(f"{name}-rates", rate_curves(result))
         if "rlora" in result["methods"] and len(result["methods"]) > 1:
             for metric in result["metrics"]:
-                found = against_rlora(result, metric)
-                self.contrasts(f"{name}-{metric}-against-rlora", f"Less R-LoRA, {metric}", found)
+                found = rlora_less(result, metric)
+                self.contrasts(f"{name}-{metric}-rlora-less", f"R-LoRA less, {metric}", found)
         parts = ideas(result)
         if parts:
             self.contrasts(f"{name}-ideas", "What each part brings", parts)
