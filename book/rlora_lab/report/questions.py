@@ -16,7 +16,8 @@ from statsmodels.stats.power import ttest_power
 
 from ..errors import LabError
 from ..names import UNTRAINED
-from .loading import chosen_records, score_array
+from .loading import chosen_records, score_array, tasks_with
+from .rows import BothWays, contrast
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -109,8 +110,8 @@ def differences(
     Raises:
         LabError: an unknown method, or methods that were not run on the same seeds.
     """
-    tasks = result["tasks"] if tasks is None else tasks
-    columns = [result["tasks"].index(task) for task in tasks]
+    known = tasks_with(result, metric or result["metrics"][0])
+    columns = [known.index(task) for task in (known if tasks is None else tasks)]
     first, second = (
         dict(
             zip(
@@ -150,26 +151,44 @@ IDEAS = (
 )
 
 
+def contrasts(
+    result: dict, pairs: dict[str, tuple[str, str]], metric: str | None = None
+) -> list[Contrast]:
+    """Questions that are asked together, each `name: (method, against)`.
+
+    Where each row's result was kept, the intervals are over seeds and rows both.
+    """
+    metric = metric or result["metrics"][0]
+    values = {name: differences(result, *pair, metric) for name, pair in pairs.items()}
+    if not pairs or "rows" not in chosen_records(result, result["methods"][0])[0]:
+        return family(values)
+    found = {name: contrast(result, *pair, metric) for name, pair in pairs.items()}
+    together = holm(c.p for c in found.values()).tolist()
+    return [
+        Contrast(name, values[name], c.mean, *c.interval(), c.p, corrected, _seen(c, len(found)))
+        for (name, c), corrected in zip(found.items(), together, strict=True)
+    ]
+
+
+def _seen(c: BothWays, questions: int) -> float:
+    n = c.freedom + 1
+    return detectable(c.error * n**0.5, n, level=0.05 / questions)
+
+
 def rlora_less(result: dict, metric: str | None = None) -> list[Contrast]:
     """R-LoRA less each other method, a family of its own; names are the others'."""
-    return family(
-        {
-            method: differences(result, "rlora", method, metric)
-            for method in result["methods"]
-            if method not in ("rlora", UNTRAINED)
-        }
-    )
+    others = [method for method in result["methods"] if method not in ("rlora", UNTRAINED)]
+    return contrasts(result, {method: ("rlora", method) for method in others}, metric)
 
 
 def ideas(result: dict, metric: str | None = None) -> list[Contrast]:
     """What each part of the method brings (`IDEAS`), as far as its methods were run."""
-    return family(
-        {
-            f"{idea}: {method} less {against}": differences(result, method, against, metric)
-            for idea, method, against in IDEAS
-            if {method, against} <= set(result["methods"])
-        }
-    )
+    pairs = {
+        f"{idea}: {method} less {against}": (method, against)
+        for idea, method, against in IDEAS
+        if {method, against} <= set(result["methods"])
+    }
+    return contrasts(result, pairs, metric)
 
 
 def relatedness(
