@@ -189,6 +189,21 @@ def check_outputs(nb) -> list[str]:
     return found
 
 
+def check_folds(nb) -> list[str]:
+    """What is folded says so in one way; what is open fits the page."""
+    found = []
+    for number, cell in enumerate(nb.cells):
+        if cell.cell_type != "code":
+            continue
+        shown = cell.metadata.get("mystnb", {}).get("code_prompt_show")
+        if "hide-input" in tags(cell) and shown not in ("Show the drawing", "Show the check"):
+            found.append(f"folds: cell {number} is folded and says neither drawing nor check")
+        wide = [line for line in cell.source.splitlines() if len(line) > WIDEST_LINE]
+        if any("pip install" not in line for line in wide):
+            found.append(f"folds: cell {number} has code wider than {WIDEST_LINE} columns")
+    return found
+
+
 def check_pictures(nb) -> list[str]:
     found = []
     for number, cell in enumerate(nb.cells):
@@ -233,6 +248,8 @@ def faults(nb, name: str) -> list[str]:
     checks = [check_setup, check_outputs, check_pictures, check_text]
     if name != WAY_IN:
         checks += [check_parts, check_exercises]
+    if name < "08":
+        checks += [check_folds]
     found = [fault for check in checks for fault in check(nb)]
     if name == WAY_IN:
         found += check_headings(nb, WAY_IN_PARTS)
@@ -323,6 +340,10 @@ BREAKS = {
         code_cell(nb), outputs=[stream("stdout", "/home/me/file")]
     ),
     "code: cell": lambda nb: put(code_cell(nb, lambda cell: not tags(cell)), source="1\n" * 40),
+    "folds: cell": lambda nb: put(code_cell(nb, images), source="x" * 86),
+    "says neither": lambda nb: code_cell(nb, lambda cell: "hide-input" in tags(cell)).metadata.pop(
+        "mystnb"
+    ),
     "pictures: cell": lambda nb: picture(nb).metadata["mystnb"]["image"].pop("alt"),
     "shows a file": lambda nb: put(nb.cells[1], source="![a layer](layer.svg)"),
     "text: cell 1 holds": lambda nb: put(nb.cells[1], source="```{note}\nRaw.\n```"),
