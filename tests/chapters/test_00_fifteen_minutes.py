@@ -13,7 +13,8 @@ from lab_helpers import needs_smollm2
 from nbclient import NotebookClient
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlora_lab.models.bases import smollm2_folder
+from rlora_lab.models.bases import load_base, smollm2_folder
+from rlora_lab.tasks.language import Language
 
 CHAPTER = BOOK / "00_fifteen_minutes.ipynb"
 QUESTIONS = json.loads(Path(__file__).with_name("questions_00.json").read_text())
@@ -93,6 +94,17 @@ def test_it_runs_on_a_language_model(tmp_path: Path):
     )
     assert "made with smollm2" in printed
     assert re.search(r"past_tense +answered exactly: routed \d+%, exported \d+%", printed)
+
+
+def test_a_short_trial_keeps_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stand_in(tmp_path / "cache" / smollm2_folder().name)
+    easy_rows(tmp_path / "language")
+    monkeypatch.setenv("RLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RLORA_LANGUAGE", str(tmp_path / "language"))
+    base = load_base("smollm2")
+    suite = Language(base, ["pronoun"], most=5)
+    assert len(suite.results(suite.model(base))["pronoun"]["exact"]) == 5
+    assert {row["row"] for row in suite.training_set(60, seed=0)} == set(range(5))
 
 
 @needs_smollm2
