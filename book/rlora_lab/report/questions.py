@@ -98,19 +98,29 @@ def differences(
     metric: str | None = None,
     tasks: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """For each seed, the mean score over tasks (all, or those named) of a method less that of the
-    other, in percentage points: (seeds,). Both see the same training examples for one seed.
+    """For each seed that both were run on, the mean score over tasks (all, or those named) of a
+    method less that of the other, in percentage points: (seeds,). Both see the same training
+    examples for one seed.
 
     Raises:
         LabError: an unknown method, or methods that were not run on the same seeds.
     """
-    seeds = [[r["seed"] for r in chosen_records(result, m)] for m in (method, against)]
-    if seeds[0] != seeds[1]:
-        raise LabError(f"{method} and {against} were not run on the same seeds: {seeds}")
     tasks = result["tasks"] if tasks is None else tasks
     columns = [result["tasks"].index(task) for task in tasks]
-    first, second = (score_array(result, m, metric)[:, columns].mean(1) for m in (method, against))
-    return 100 * (first - second)
+    first, second = (
+        dict(
+            zip(
+                [record["seed"] for record in chosen_records(result, m)],
+                score_array(result, m, metric)[:, columns].mean(1),
+                strict=True,
+            )
+        )
+        for m in (method, against)
+    )
+    both = [seed for seed in first if seed in second]
+    if not both:
+        raise LabError(f"{method} and {against} were not run on the same seeds")
+    return 100 * np.array([first[seed] - second[seed] for seed in both])
 
 
 # The questions, each of a part of the method: its name, with it, without it.
@@ -231,8 +241,8 @@ def similarity_points(result: dict, kind: str = "change") -> list[tuple[str, flo
 def rate_means(result: dict, method: str) -> dict[float, list[float]]:
     """For each rate of a method's sweep, rising, the validation scores of its seeds in per cent."""
     return {
-        rate: [100 * by_seed[seed] for seed in result["sweep_seeds"] if seed in by_seed]
-        for rate, by_seed in sorted(result["sweeps"][method].items())
+        choice.learning_rate: [100 * by_seed[s] for s in result["sweep_seeds"] if s in by_seed]
+        for choice, by_seed in result["sweeps"][method].items()
     }
 
 
