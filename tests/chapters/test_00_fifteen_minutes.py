@@ -27,9 +27,10 @@ def markdown() -> str:
 
 
 def test_its_prose_is_short():
-    prose = re.sub(r"\$\$.*?\$\$|^\|.*$", "", markdown(), flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"\$\$.*?\$\$", "", markdown(), flags=re.DOTALL)
+    prose = re.sub(r"^\|.*$", "", prose, flags=re.MULTILINE)  # tables
     words = re.sub(r"\]\([^)]*\)", "]", prose).split()
-    assert len(words) <= MOST_WORDS
+    assert MOST_WORDS / 2 < len(words) <= MOST_WORDS
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
