@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lab_helpers import plan_file, swept
+from lab_helpers import STAGED, plan_file, swept
 
 from rlora_lab.errors import LabError
 from rlora_lab.names import METHODS
@@ -145,20 +145,6 @@ def test_rates_that_need_no_sweep(tmp_path: Path):
     todo, later = missing(plan, plan["d"], none)
     assert [(run.stage, run.learning_rate) for run in todo] == [("test", 0.1), ("test", 0.2)]
     assert missing(plan, plan["b"], none) == ([], 4)
-
-
-STAGED = {
-    "methods": ["lora", "rlora", "mlora", "none"],
-    "dropouts": [0.0, 0.1],
-    "sweep_seeds": [10, 11, 12],
-    "finalists": 2,
-    "control_seeds": 1,
-    "like": {"mlora": "rlora", "none": "lora"},
-    "scales": {
-        "lora": {"lora_alpha": [8.0, 16.0, 32.0, 64.0]},
-        "rlora": {"lora_alpha": [16.0, 32.0, 64.0], "gamma": [16.0, 64.0]},
-    },
-}
 
 
 def run_stages(plan: dict, score: Callable[[str, dict, int], float]) -> tuple[list[list], list]:

@@ -79,7 +79,7 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
     all_records, settings = read_all(plan, records)
     tested = [r for r in all_records[name] if r["stage"] == "test"]
     methods = [m for m in block.methods if any(r["method"] == m for r in tested)]
-    if not methods:
+    if set(methods) <= block.like.keys():
         raise LabError(f"{name}: nothing has been scored on test data yet")
     choices = {m: _tested_choice(plan, block, m, all_records) for m in methods}
     chosen = {m: choice.learning_rate for m, choice in choices.items()}
@@ -206,12 +206,15 @@ def chosen_records(result: dict, method: str) -> list[dict]:
     return sorted(records, key=lambda r: r["seed"])
 
 
+def tasks_with(result: dict, metric: str) -> list[str]:
+    """The tasks that have a metric: not all have options to choose from."""
+    scores = next(r["test"] for r in result["records"] if r["test"])
+    return [task for task in result["tasks"] if scores[task][metric] is not None]
+
+
 def score_array(result: dict, method: str, metric: str | None = None) -> np.ndarray:
-    """Scores on test data, (seeds, tasks); `metric` is the suite's first unless named."""
+    """Scores on test data, (seeds, tasks with the metric), the suite's first unless named."""
     metric = metric or result["metrics"][0]
-    return np.array(
-        [
-            [record["test"][task][metric] for task in result["tasks"]]
-            for record in chosen_records(result, method)
-        ]
-    )
+    tasks = tasks_with(result, metric)
+    records = chosen_records(result, method)
+    return np.array([[record["test"][task][metric] for task in tasks] for record in records])

@@ -7,6 +7,8 @@
 | `contrast_table` | a row for each contrast: difference, interval, p, Holm, detectable, verdict |
 | `correlation_table` | head similarity against accuracy: r, overall and within methods |
 | `rates_table` | the validation score at each learning rate, and the chosen rate |
+| `tuning_table` | where more than rates was tried: each setting, and the chosen ones |
+| `looks_table` | scores on validation data on the way |
 | `advice_table` | which of plain LoRA, M-LoRA and R-LoRA to use when, and why |
 
 Intervals are 95 %, between the columns "from" and "to". Those of chapter 10 are in
@@ -22,7 +24,7 @@ from pandas.io.formats.style import Styler
 
 from ..drawing.style import METHOD_STYLES
 from ..errors import LabError
-from .loading import chosen_records, score_array
+from .loading import chosen_records, score_array, tasks_with
 from .questions import (
     Contrast,
     advise,
@@ -47,6 +49,9 @@ FORMATS = {  # of columns by name; other numbers have one digit, whole ones none
     "to": "{:+.2f}",
     "p": "{:.3f}",
     "p after Holm": "{:.3f}",
+    "lora_dropout": "{:g}",
+    "lora_alpha": "{:g}",
+    "gamma": "{:g}",
     "detectable": "{:.2f}",
 }
 BY_ALGEBRA = {  # when: what to use, because; chapters 04 and 07
@@ -108,7 +113,7 @@ def scores_table(result: dict) -> pd.DataFrame:
         records = chosen_records(result, method)
         size = records[0]["adapter_parameters"]
         row = {
-            "learning rate": result["chosen"][method],
+            "learning rate": result["chosen"][method] or np.nan,
             "at an end of its sweep": method in result["at_end"],
             "parameters": size,
             "to R-LoRA's": size / (result["rlora_parameters"] or np.nan) - 1,
@@ -127,7 +132,8 @@ def scores_table(result: dict) -> pd.DataFrame:
             row[name] = _mean([r["similarity"][kind] for r in records if r["similarity"]])
         entropies = [np.mean(r["entropy"]) for r in records if r.get("entropy")]
         row["routing entropy / ln N"] = _mean(entropies)
-        row["seconds"] = float(np.median([r["seconds"] for r in records]))
+        seconds = [r["seconds"] for r in records if "seconds" in r]
+        row["seconds"] = float(np.median(seconds)) if seconds else np.nan
         row["kept MiB"] = _mean([r["kept_bytes"] / 2**20 for r in records if "kept_bytes" in r])
         rows[label(method)] = row
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -140,7 +146,7 @@ def tasks_table(result: dict, metric: str | None = None) -> pd.DataFrame:
         scores = 100 * score_array(result, method, metric)
         columns[label(method), "mean"] = scores.mean(0)
         columns[label(method), "±"] = pd.DataFrame(scores).std().to_numpy()
-    return pd.DataFrame(columns, index=result["tasks"])
+    return pd.DataFrame(columns, index=tasks_with(result, metric or result["metrics"][0]))
 
 
 def contrast_table(contrasts: Sequence[Contrast]) -> pd.DataFrame:
@@ -188,6 +194,47 @@ def rates_table(result: dict) -> pd.DataFrame:
     table.columns = [f"{rate:g}" for rate in table.columns]
     table["chosen"] = [result["chosen"][method] for method in result["methods"]]
     return table
+
+
+def tuning_table(result: dict) -> pd.DataFrame:
+    """Validation score in per cent of every setting that was tried for the tuned methods, best
+    first: of the first sweep seed, and the mean where all sweep seeds were run."""
+    rows = []
+    for method, tried in result["sweeps"].items():
+        for choice, by_seed in tried.items():
+            taken = choice.learning_rate == result["chosen"][method]
+            rows.append(
+                {
+                    "method": label(method),
+                    "learning rate": choice.learning_rate,
+                    **dict(choice.tuned),
+                    "first seed": 100 * by_seed[result["sweep_seeds"][0]],
+                    "mean": 100 * np.mean([*by_seed.values()]) if len(by_seed) > 1 else np.nan,
+                    "chosen": "x"
+                    if taken and dict(choice.tuned) == result["tuned"][method]
+                    else "",
+                }
+            )
+    table = pd.DataFrame(rows).sort_values("first seed", ascending=False)
+    return table.sort_values("method", kind="stable").set_index("method")
+
+
+def looks_table(result: dict) -> pd.DataFrame:
+    """Scores in per cent on validation data after a quarter and a half of the steps, and on test
+    data at the end; means over tasks and seeds."""
+    metric = result["metrics"][0]
+    rows = {}
+    for method in result["methods"]:
+        records = [r for r in chosen_records(result, method) if r.get("looks")]
+        if not records:
+            continue
+        steps = [step for step, _ in records[0]["looks"]]
+        means = np.mean([[np.mean(s[metric]) for _, s in r["looks"]] for r in records], 0)
+        rows[label(method)] = {
+            f"{step} steps": 100 * m for step, m in zip(steps, means, strict=True)
+        }
+        rows[label(method)]["at the end, test"] = 100 * score_array(result, method).mean()
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def advice_table(situations: dict[str, dict], costs: dict) -> pd.DataFrame:
