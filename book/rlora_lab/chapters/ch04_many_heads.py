@@ -20,7 +20,7 @@ class HeadsLinear(nn.Module):
         d_out, d_in = base.weight.shape
         self.base = base.requires_grad_(False)  # W0: (d_out, d_in), frozen
         self.A = nn.Parameter(torch.empty(r, d_in))
-        self.B = nn.Parameter(torch.zeros(d_out, N, r))  # B_i is B[:, i]
+        self.B = nn.Parameter(torch.zeros(d_out, N, r))  # B_i is B[:, i - 1]
         self.W_r = nn.Parameter(torch.zeros(N, d_in))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         if router == "kaiming":  # else "zeros": a uniform router
