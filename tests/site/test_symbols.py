@@ -25,7 +25,7 @@ def letters(formula: str) -> set[str]:
     return greek | set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", formula)))
 
 
-GREEK = r"alpha|beta|gamma|delta|theta|kappa|pi|psi|rho|sigma|tau|varphi|Delta|eta|mu"
+GREEK = r"alpha|beta|gamma|delta|theta|kappa|pi|psi|rho|sigma|tau|varphi|phi|Delta|eta|mu"
 
 
 def rows(part: str) -> list[tuple[str, str]]:
