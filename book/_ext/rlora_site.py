@@ -30,7 +30,7 @@ NOT_FOUND = """
 <p>It may have moved when a chapter was renamed. Look for it in the contents, by the
 <a href="search.html">search</a>, or from the <a href="index.html">first page</a>.</p>
 """
-# The site may also stand at the root of another host, as `make serve` shows it.
+# The site may also stand at the root of a host, as `make serve` has it (there: /404.html).
 AT_HOME = """<script>
 if (!location.pathname.startsWith({})) document.querySelector("base").href = "/";
 </script>
