@@ -464,10 +464,10 @@ def test_the_simplest_that_is_not_beaten(gains: dict, use: str, tmp_path: Path):
     assert found == use and len(contrasts) == 3
     table = advice_table({"here": result}, result)
     assert table.loc["here", "use"] == label(use)
-    assert f"R-LoRA less LoRA {contrasts[1].mean:+.1f} (" in table.loc["here", "because"]
+    numbers = table.loc["here", ["R-LoRA less LoRA", "from", "to"]]
+    assert [*numbers] == [contrasts[1].mean, contrasts[1].low, contrasts[1].high]
     assert contrasts[1].values == pytest.approx(differences(result, "rlora", "lora"))
     assert [*table.index][-len(BY_ALGEBRA) :] == [*BY_ALGEBRA]
-    assert table.loc["here", "one random head less it"] == ""  # it was not run
 
 
 def test_advice_where_time_is_short(tmp_path: Path):
@@ -475,14 +475,13 @@ def test_advice_where_time_is_short(tmp_path: Path):
     result = evidence(tmp_path, plan)
     row = "time or memory are what is short"
     table = advice_table({"here": result}, result)
-    assert table.loc["here", "one random head less it"].endswith(", better")
     assert table.loc[row, "use"].startswith("no reason")
     for record in result["records"]:
         if record["method"] == "rlora" and record["stage"] == "test":
             record["seconds"], record["kept_bytes"] = 3.0, 2**21
     table = advice_table({"here": result}, result)
     assert table.loc[row, "use"] == "plain LoRA"
-    assert "2.00 times the time of PEFT's LoRA and kept 2.00 times" in table.loc[row, "because"]
+    assert "2.00 times LoRA's time and kept 2.00 times" in table.loc[row, "because"]
     assert set(SIMPLEST_FIRST) <= set(result["methods"])
 
 

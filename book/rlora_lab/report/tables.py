@@ -9,7 +9,7 @@
 | `rates_table` | the validation score at each learning rate, and the chosen rate |
 | `tuning_table` | where more than rates was tried: each setting, and the chosen ones |
 | `looks_table` | scores on validation data on the way |
-| `advice_table` | which of plain LoRA, M-LoRA and R-LoRA to use when, and why |
+| `advice_table` | which of plain LoRA, M-LoRA and R-LoRA to use when |
 
 Intervals are 95 %, between the columns "from" and "to". Those of chapter 10 are in
 `rlora_lab.report.published`.
@@ -29,8 +29,6 @@ from .questions import (
     Contrast,
     advise,
     correlation,
-    differences,
-    family,
     interval,
     rate_means,
     similarity_points,
@@ -44,6 +42,7 @@ FORMATS = {  # of columns by name; other numbers have one digit, whole ones none
     "cosine of change": "{:.3f}",
     "routing entropy / ln N": "{:.3f}",
     "difference": "{:+.2f}",
+    "R-LoRA less LoRA": "{:+.2f}",
     "r": "{:+.2f}",
     "from": "{:+.2f}",
     "to": "{:+.2f}",
@@ -238,36 +237,28 @@ def looks_table(result: dict) -> pd.DataFrame:
 
 
 def advice_table(situations: dict[str, dict], costs: dict) -> pd.DataFrame:
-    """When to use which of `SIMPLEST_FIRST`, and why.
+    """When to use which of `SIMPLEST_FIRST`, with R-LoRA's difference from LoRA, or why.
 
     Args:
-        situations: `{when: result}`, a row each by `advise`. One random head is no part of that
-            rule: the last column sets it against what the rule names.
+        situations: `{when: result}`, a row each by `advise`.
         costs: the result whose time and memory of training decide where these are what is short.
     """
-
-    def words(c: Contrast) -> str:
-        return f"{c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f}), {c.verdict}"
-
     rows = {}
     for when, result in situations.items():
         use, found = advise(result)
-        head = ""
-        if "one-head" in result["methods"]:
-            head = words(family({"one-head": differences(result, "one-head", use)})[0])
-        because = "; ".join(f"{label(c.name)} {words(c)}" for c in found)
-        rows[when] = label(use), because, head
+        c = next(c for c in found if c.name == "rlora less lora")
+        numbers = {"R-LoRA less LoRA": c.mean, "from": c.low, "to": c.high}
+        rows[when] = {"use": label(use), **numbers, "because": ""}
     spent = (
         np.median([[r["seconds"], r["kept_bytes"]] for r in chosen_records(costs, m)], 0)
         for m in ("rlora", "lora")
     )
     time, memory = np.divide(*spent)
-    rows["time or memory are what is short"] = (
-        "plain LoRA" if min(time, memory) > 1 else "no reason for either: chapter 09",
-        f"in the runs on {costs['config']['base']} R-LoRA took {time:.2f} times the time of PEFT's "
-        f"LoRA and kept {memory:.2f} times its memory",
-        "",
-    )
-    rows |= {when: (*why, "") for when, why in BY_ALGEBRA.items()}
-    columns = ["use", "because", "one random head less it"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    rows["time or memory are what is short"] = {
+        "use": "plain LoRA" if min(time, memory) > 1 else "no reason for either: chapter 09",
+        "because": f"R-LoRA took {time:.2f} times LoRA's time and kept {memory:.2f} times "
+        "its memory",
+    }
+    for when, (use, because) in BY_ALGEBRA.items():
+        rows[when] = {"use": use, "because": because}
+    return pd.DataFrame.from_dict(rows, orient="index")
