@@ -146,17 +146,17 @@ def pooled() -> nn.Module:
     return base
 
 
-CANT = ".*linear layers and GPT-2's Conv1D"
+ONLY = ".*linear layers and GPT-2's Conv1D"
 REFUSED = [
-    (Many, ["first", "embedding"], f"'embedding', a Embedding{CANT}"),
-    (Many, ["first", "conv"], f"'conv', a Conv1d{CANT}"),
-    (Many, ["first", "norm"], f"'norm', a LayerNorm{CANT}"),
-    (Many, ["first", "attention"], f"'attention', a MultiheadAttention{CANT}"),
-    (Many, ["first", "attention.out_proj"], f"'attention.out_proj', a Non.*{CANT}"),
-    (Many, ["first", "own.out_proj"], f"'own.out_proj', a Linear{CANT}, of known size, not inside"),
-    (Many, ["first", "block"], f"'block', a Sequential{CANT}"),
-    (Many, ["first", "bilinear"], f"'bilinear', a Bilinear{CANT}"),
-    (Many, ["first", "duck"], f"'duck', a Duck{CANT}"),
+    (Many, ["first", "embedding"], f"'embedding', a Embedding{ONLY}"),
+    (Many, ["first", "conv"], f"'conv', a Conv1d{ONLY}"),
+    (Many, ["first", "norm"], f"'norm', a LayerNorm{ONLY}"),
+    (Many, ["first", "attention"], f"'attention', a MultiheadAttention{ONLY}"),
+    (Many, ["first", "attention.out_proj"], f"'attention.out_proj', a Non.*{ONLY}"),
+    (Many, ["first", "own.out_proj"], f"'own.out_proj', a Linear{ONLY}, of known size, not inside"),
+    (Many, ["first", "block"], f"'block', a Sequential{ONLY}"),
+    (Many, ["first", "bilinear"], f"'bilinear', a Bilinear{ONLY}"),
+    (Many, ["first", "duck"], f"'duck', a Duck{ONLY}"),
     (pooled, "all-linear", "'pool.out_proj'.*MultiheadAttention"),
     (LLAMA.base, ["gate_projj"], "'gate_projj'.*not found in the base model.*Closest.*'gate_proj'"),
     (LLAMA.base, ["q_porj", "nothing"], "'nothing', 'q_porj'.*not found.*Closest.*'q_proj'"),

@@ -159,14 +159,20 @@ MOST_TWICE = 10  # equal lines in two places
 def code_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a module, or of a notebook's code cells, by number; blank ones and comments not.
 
-    Without the white space around them: a block that was moved under an `if` is the same block.
+    Without the white space around them: a block that was moved under an `if` is the same block. And
+    without imports, by which code is shared.
     """
     text = path.read_text("utf-8")
     if path.suffix == ".ipynb":
         cells = nbformat.reads(text, as_version=4).cells
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    stripped = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    return [(number, line) for number, line in stripped if line and not line.startswith("#")]
+    found, in_import = [], False
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if line.startswith(("import ", "from ")) or in_import:
+            in_import = ("(" in line or in_import) and ")" not in line
+        elif line and not line.startswith("#"):
+            found.append((number, line))
+    return found
 
 
 def standing_twice(root: Path) -> list[str]:
