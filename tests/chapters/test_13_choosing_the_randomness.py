@@ -148,9 +148,8 @@ def test_a_search_goes_on_from_its_records(quick):
     assert {state for state, _, _ in whole} == {"COMPLETE", "PRUNED"}
     records = []
     for seed, (state, params, value) in enumerate(whole):
-        run = Run(
-            block, "search", "search", None, seed, {"trials": json.loads(json.dumps(records))}
-        )
+        found = {"trials": json.loads(json.dumps(records))}
+        run = Run(block, "search", "search", None, seed, given=found)
         record = do_run(run)
         assert record["state"].upper() == state
         assert record["value"] == (value if state == "COMPLETE" else None)
