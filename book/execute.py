@@ -58,7 +58,7 @@ Written by `make execute` from the cells tagged `export`: change them there.
 
 def chapters() -> list[Path]:
     """The notebooks of the book, in order."""
-    return sorted(BOOK.glob("[0-9][0-9]_*.ipynb"))
+    return sorted(BOOK.glob("[0-9][0-9]*_*.ipynb"))
 
 
 def code_of(notebook: nbformat.NotebookNode, tag: str | None = None) -> list[str]:
