@@ -18,7 +18,7 @@ LOADING = {"img": "src", "script": "src", "iframe": "src", "source": "src", "lin
 
 
 def test_every_chapter_is_in_the_contents_and_on_the_landing_page():
-    listed = [page for page in PAGES if re.match(r"book/\d\d_", page)]
+    listed = [page for page in PAGES if re.match(r"book/\d\d\w?_", page)]
     assert listed == [f"book/{path.stem}" for path in CHAPTERS]
     index = (ROOT / "index.md").read_text()
     assert [page for page in listed if f"]({page}.ipynb)" not in index] == []

@@ -42,15 +42,19 @@ def write_release(
     most: int = 16,
     routing: Tensor | None = None,
 ) -> None:
-    """Seal an adapter where it was trained, with its answers of at most `most` tokens.
+    """Seal an adapter where it was trained, with answers of at most `most` tokens.
 
     `routing`, (layers, N), is what a server compares later routing with.
     """
-    answers = generate(model, tokenizer, [(tokenizer.encode(asked), most) for asked in prompts])
-    release = {"base": base, "files": {name: sha256(folder / name) for name in FILES}}
-    release["canary"] = [
-        [asked, most, tokenizer.decode(new)] for asked, new in zip(prompts, answers, strict=True)
-    ]
+    rows = [(tokenizer.encode(asked), most) for asked in prompts]
+    answers = generate(model, tokenizer, rows)
+    release = {
+        "base": base,
+        "files": {name: sha256(folder / name) for name in FILES},
+    }
+    release["canary"] = []
+    for asked, new in zip(prompts, answers, strict=True):
+        release["canary"].append([asked, most, tokenizer.decode(new)])
     if routing is not None:
         release["routing"] = routing.tolist()
     replace_json(folder / RELEASE, release)
@@ -61,9 +65,10 @@ def check_release(folder: Path, base: str) -> list:
     try:
         release = json.loads((folder / RELEASE).read_text())
         made_for = str(release["base"])
-        canary = [(str(asked), int(n), str(answer)) for asked, n, answer in release["canary"]]
+        canary = [(str(a), int(n), str(said)) for a, n, said in release["canary"]]
         sealed = {name: release["files"][name] for name in FILES}
-        found = {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
+        there = [path for path in folder.iterdir() if path.is_file()]
+        found = {path.name: sha256(path) for path in there}
         kind = json.loads((folder / FILES[0]).read_text())["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(f"{folder.name} can't be read: {error!r}") from error
@@ -80,7 +85,12 @@ def check_release(folder: Path, base: str) -> list:
     raise LabError(f"{folder.name} is refused: {why}.")
 
 
-def load_release(model: nn.Module, folder: Path, base: str, tokenizer: Any) -> PeftModel:
+def load_release(
+    model: nn.Module,
+    folder: Path,
+    base: str,
+    tokenizer: Any,
+) -> PeftModel:
     """Add a release to a frozen base, or to a model that has others already."""
     canary, name = check_release(folder, base), folder.name
     first = not isinstance(model, PeftModel)
@@ -90,7 +100,10 @@ def load_release(model: nn.Module, folder: Path, base: str, tokenizer: Any) -> P
             model = PeftModel.from_pretrained(model, folder, name)
         else:
             model.load_adapter(folder, name)
-    except (ValueError, KeyError) as error:  # rlora_min and PEFT left the model whole
+    except (
+        ValueError,
+        KeyError,
+    ) as error:  # rlora_min and PEFT left the model whole
         raise LabError(f"{name} is refused: {error}") from error
     try:
         model.eval().set_adapter(name, inference_mode=True)
@@ -103,7 +116,8 @@ def load_release(model: nn.Module, folder: Path, base: str, tokenizer: Any) -> P
     if said == [answer for _, _, answer in canary]:
         return model
     model.unload() if first else model.delete_adapter(name)
-    raise LabError(f"{name} is refused: where it was sealed, its prompts did not give {said}")
+    why = f"where it was sealed, its prompts did not give {said}"
+    raise LabError(f"{name} is refused: {why}")
 
 
 def ends_of(model: nn.Module) -> set[int]:
@@ -116,7 +130,7 @@ def ends_of(model: nn.Module) -> set[int]:
 
 @contextmanager
 def nothing_but_greedy(model: nn.Module) -> Iterator[None]:
-    """Leave out what a model's `generation_config` adds, such as a repetition penalty."""
+    """Leave out what `generation_config` adds, such as a repetition penalty."""
     holders = [m for m in model.modules() if "generation_config" in vars(m)]
     before = [holder.generation_config for holder in holders]
     ends = model.generation_config.eos_token_id
@@ -130,11 +144,17 @@ def nothing_but_greedy(model: nn.Module) -> Iterator[None]:
 
 
 class Enough(StoppingCriteria):
-    """Each row ends at its own limit, or where a text stands that it shall stop at."""
+    """Each row ends at its own limit, or where a text to stop at stands."""
 
-    def __init__(self, tokenizer: Any, start: int, rows: Sequence, stops: Sequence) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        start: int,
+        rows: list,
+        stops: Sequence,
+    ) -> None:
         self.tokenizer, self.start, self.stops = tokenizer, start, stops
-        self.lengths = [most for _, most in rows]  # of the answers, as far as is known
+        self.lengths = [most for _, most in rows]  # of answers, as far as known
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         for i, new in enumerate(input_ids[:, self.start :].tolist()):
@@ -150,7 +170,7 @@ class Enough(StoppingCriteria):
 def generate(
     model: nn.Module,
     tokenizer: Any,
-    rows: Sequence[tuple[list[int], int]],
+    rows: list[tuple[list[int], int]],
     stops: Sequence[Sequence[str]] = (),
     seconds: float | None = None,
 ) -> list[list[int]]:
@@ -210,8 +230,8 @@ def distance(window: Tensor, calibration: Tensor) -> float:
 
 
 @torch.inference_mode()
-def routing_of(model: nn.Module, prompts: Sequence[list[int]], adapter: str) -> Tensor:
-    """Mean routing weights of each request: (requests, layers, N). Prompts are token ids."""
+def routing_of(model: nn.Module, prompts: list[list[int]], adapter: str) -> Tensor:
+    """Mean routing weights of each of the prompts (token ids): (n, layers, N)."""
     longest, device = max(map(len, prompts)), next(model.parameters()).device
     ids = [p + [0] * (longest - len(p)) for p in prompts]
     mask = [[1.0] * len(p) + [0.0] * (longest - len(p)) for p in prompts]
