@@ -82,7 +82,7 @@ def said(releases) -> Callable[[str, str, int], str]:
     return answer
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
+def until(condition: Callable[[], object], seconds: float = 240) -> None:
     """Ask again and again, and fail where it takes too long."""
     end = time.monotonic() + seconds
     while not condition():
@@ -92,7 +92,7 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
 
 def call(port: int, path: str, body: dict | bytes | None = None) -> tuple[int, str]:
     """Status and content of an answer; POST if there is a body."""
-    line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    line = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     sent = json.dumps(body) if isinstance(body, dict) else body
     line.request("GET" if body is None else "POST", path, sent)
     answer = line.getresponse()
@@ -106,6 +106,7 @@ def server(releases) -> Iterator[SimpleNamespace]:
     """A running server. Whatever a test left in the pointer file is put back before each."""
     files.write_current(releases, "v1")
     options = ["--port", "0", "--dtype", "float32", "--threads", "1", "--max-queue", "48"]
+    options += ["--timeout", "240"]  # on a busy machine a replica takes long to come back
     process = subprocess.Popen(
         [*COMMAND, str(releases), *options],
         stdout=subprocess.PIPE,
@@ -124,7 +125,7 @@ def server(releases) -> Iterator[SimpleNamespace]:
     finally:
         if process.poll() is None:
             process.terminate()
-            process.communicate(timeout=60)
+            process.communicate(timeout=300)
 
 
 @pytest.fixture
@@ -290,7 +291,7 @@ def test_rolled_out_and_back_under_load_no_request_fails(port, releases, said):
                 pool.submit(ask, port, prompt, user=f"{i}") for i, prompt in enumerate(PROMPTS)
             ]
             for one in flowing[:-8]:
-                one.result(timeout=60)
+                one.result(timeout=300)
         answers = [one.result() for one in flowing]
     assert ask(port, "Dab=")[1]["model"] == "v1"
     assert {status for status, _ in answers} == {200}
@@ -354,19 +355,23 @@ def test_a_reader_never_sees_half_a_pointer(tmp_path):
     assert set(seen) == {"v1", "v2"}
 
 
-def test_a_release_that_comes_later_is_served_and_a_bad_one_refused(port, releases, said):
-    later = Path(shutil.copytree(releases / "v2", releases / "v3"))
+def test_releases_that_come_later_are_served_and_bad_ones_refused(port, releases, said):
+    """More than there is room for: the first ones go, and come back when they are asked for."""
+    later = [Path(shutil.copytree(releases / "v2", releases / f"later{i}")) for i in range(9)]
     try:
-        status, answer = ask(port, "Ocgbcce=", model="v3")
-        assert (status, text(answer)) == (200, said("v2", "Ocgbcce="))
-        bad = Path(shutil.copytree(later, releases / "v4"))
+        for folder in later:
+            status, answer = ask(port, "Ocgbcce=", model=folder.name)
+            assert (status, text(answer)) == (200, said("v2", "Ocgbcce="))
+        assert text(ask(port, "Ocgbcce=")[1]) == said("v1", "Ocgbcce=")
+        bad = Path(shutil.copytree(later[0], releases / "bad"))
+        later.append(bad)
         (bad / files.FILES[1]).write_bytes(b"")
-        status, answer = ask(port, "Ocgbcce=", model="v4")
-        assert status == 500 and "v4 is refused" in answer["error"]["message"]
-        assert ask(port, "Dab=")[0] == 200
+        status, answer = ask(port, "Ocgbcce=", model="bad")
+        assert status == 500 and "bad is refused" in answer["error"]["message"]
+        assert text(ask(port, "Ocgbcce=", model="later0")[1]) == said("v2", "Ocgbcce=")
     finally:
-        for name in ("v3", "v4"):
-            shutil.rmtree(releases / name, ignore_errors=True)
+        for folder in later:
+            shutil.rmtree(folder)
 
 
 # What the engine does
@@ -436,8 +441,8 @@ def test_it_answers_what_it_has_and_ends_within_seconds(server, port, said):
         answers = [one.result() for one in flowing]
     assert [text(answer) for _, answer in answers] == [said("v1", p, 32) for p in PROMPTS]
     start = time.monotonic()
-    shown, _ = server.process.communicate(timeout=60)
-    assert time.monotonic() - start < 20
+    shown, _ = server.process.communicate(timeout=300)
+    assert time.monotonic() - start < 30
     assert server.process.returncode == 0 and "Traceback" not in shown, shown
     with pytest.raises(OSError):
         call(port, "/health")

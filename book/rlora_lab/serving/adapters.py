@@ -78,6 +78,7 @@ class Adapters:
         self.max_prompt = settings.max_prompt or half
         self.max_tokens = settings.max_tokens or half
         self.worker = ThreadPoolExecutor(1)  # one model, so one thread
+        self.calibration: dict[str, list | None] = {}  # mean routing weights, (layers, N)
         self.seen: dict[str, deque] = defaultdict(lambda: deque(maxlen=WINDOW))
         self.moved = Gauge(
             "rlora_routing_distance",
@@ -130,6 +131,8 @@ class Adapters:
 
     def _load(self, name: str) -> None:
         self.model = load_release(self.model, self.folder / name, self.base, self.tokenizer)
+        release = json.loads((self.folder / name / RELEASE).read_text())
+        self.calibration[name] = release.get("routing")
 
     def _drop(self, name: str) -> None:
         if name in self.model.peft_config:
@@ -166,7 +169,7 @@ class Adapters:
 
     def _watch(self, name: str, prompts: list[list[int]]) -> None:
         """How far the routing has moved, where the release says how it was."""
-        calibration = json.loads((self.folder / name / RELEASE).read_text()).get("routing")
+        calibration = self.calibration[name]
         if calibration is None:
             return
         self.seen[name].extend(routing_of(self.model, prompts, name).cpu())

@@ -7,6 +7,7 @@ import signal
 import socket
 import tempfile
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ def serve(
         arguments: of the application, instead of those in serve.yaml; None leaves them.
 
     Raises:
-        LabError: there is no release, one is refused, or the base can't be loaded.
+        LabError: Ray is missing, there is no release, one is refused, or the base can't be loaded.
     """
+    if find_spec("ray") is None:
+        raise LabError('the server needs Ray Serve: pip install "rlora-min[lab,serve]"')
     names = names_of(folder)
     if not names:
         raise LabError(f"{folder.name} holds no release, which is a folder with a {RELEASE}")
@@ -63,7 +66,9 @@ def serve(
     args |= {name: value for name, value in arguments.items() if value is not None}
     args["folder"] = str(folder.absolute())
     for name in ("stable", "candidate"):
-        options[name]["max_queued_requests"] = max_queue or options[name]["max_queued_requests"]
+        options[name]["max_ongoing_requests"] = 2 * args["max_batch"]
+        if max_queue is not None:
+            options[name]["max_queued_requests"] = max_queue
     with tempfile.TemporaryDirectory(prefix="rlora-") as temporary:
         _run(args, options, names, host, port or free_port(), temporary)
 
