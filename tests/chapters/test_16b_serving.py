@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 import yaml
 from peft import get_peft_model
 from rlora_helpers import perturb
@@ -39,6 +40,7 @@ from rlora_lab.models.bases import load_base
 from rlora_lab.serving import openai
 from rlora_lab.serving import releases as files
 from rlora_lab.serving.characters import Characters
+from rlora_lab.serving.measure import forms, measure
 from rlora_lab.serving.serve import CONFIG, read_config
 from rlora_lab.tasks.strings import VOCABULARY
 from rlora_min import RLoraConfig
@@ -493,3 +495,36 @@ def test_chats_and_limits_in_openai_s_form():
     chunk = json.loads(chunks[0].removeprefix("data: "))
     assert chunk["object"] == "chat.completion.chunk"
     assert chunk["choices"][0]["delta"]["content"] == "yes" and chunks[-1] == "data: [DONE]\n\n"
+
+
+# The record that chapter 16b shows
+
+
+def test_the_measurement_keeps_rounds_and_the_ratios_within_them(tmp_path):
+    measure(base="tiny", rounds=3, batch_rounds=3, out=tmp_path / "record.json")
+    record = json.loads((tmp_path / "record.json").read_text())
+    rows = {row["what"]: row for row in record["records"]}
+    assert list(rows)[:5] == ["base", "routed", "LoRA", "export", "merged export"]
+    assert len(rows) == 7 and record["threads"] == 1 and record["base"] == "tiny"
+    base = rows["base"]["seconds"]
+    for name, row in rows.items():
+        assert len(row["seconds"]) == 3 and 0 < row["low"] <= row["ratio"] <= row["high"], name
+    ratios = [a / b for a, b in zip(rows["routed"]["seconds"], base, strict=True)]
+    assert rows["routed"]["ratio"] == pytest.approx(sorted(ratios)[1])
+    assert rows["base"]["ratio"] == 1
+
+
+@torch.no_grad()
+def test_what_is_measured_is_what_it_is_called():
+    models = forms(load_base("tiny"))
+    ids = torch.randint(0, len(VOCABULARY), (2, 14), generator=torch.Generator().manual_seed(0))
+    logits = {name: model(input_ids=ids).logits for name, model in models.items()}
+    torch.testing.assert_close(logits["merged export"], logits["export"], atol=1e-4, rtol=1e-4)
+    for name in ("routed", "LoRA", "export"):
+        assert (logits[name] - logits["base"]).abs().max() > 1e-2, name
+    sizes = {}
+    for name in ("routed", "LoRA"):
+        adapters = [p.numel() for n, p in models[name].named_parameters() if "lora_" in n]
+        sizes[name] = sum(adapters)
+    side = sum(p.numel() for n, p in models["routed"].named_parameters() if re.search("_[AB]0", n))
+    assert sizes["LoRA"] == pytest.approx(sizes["routed"] - side, rel=0.1)
