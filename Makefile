@@ -12,7 +12,7 @@ NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadsco
 .DEFAULT_GOAL := help
 help: ## at once | none | lists these commands
 	@echo "About how long each takes on two CPU cores, and the disk that stays taken. The first that"
-	@echo "needs .venv makes it: 2 minutes where downloads are quick and 2.5 GB, several times that where"
+	@echo "needs .venv makes it: 2 minutes where downloads are quick and 2.7 GB, several times that where"
 	@echo "pip takes a torch for GPUs."
 	@echo
 	@awk -F ': .*## | [|] ' '/^[a-z0-9-]+: .*## / { \
