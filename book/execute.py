@@ -42,6 +42,7 @@ READERS = {
     "load_result": ["records/{}.json"],
     "load_evidence": ["records/evidence/{}.jsonl", "plans/evidence.toml"],
 }
+ALL_EVIDENCE = "overview()"  # reads every block
 # No part of a chapter's output: bars of files being read, and libraries' notes to themselves.
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -185,14 +186,16 @@ def modules_of(trees: list[ast.Module], packages: dict[str, Path]) -> dict[str, 
 
 
 def results_of(trees: list[ast.Module]) -> list[str]:
-    """The files, below the lab, of the recorded results that the cells read.
+    """The files, below the lab, of the recorded results that the cells read, or their pattern.
 
     Raises:
         ValueError: one of the readers, whose first argument is no literal string.
     """
     names = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(tuple(READERS)):
+        if isinstance(node, ast.Call) and ast.unparse(node) == ALL_EVIDENCE:
+            names |= {form.format("*") for form in READERS["load_evidence"]}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(tuple(READERS)):
             name = node.args[0] if node.args else None
             if not (isinstance(name, ast.Constant) and isinstance(name.value, str)):
                 raise ValueError(f"{ast.unparse(node)}: name the result by a literal string")
@@ -213,7 +216,7 @@ def notebook_hash(
     parts += [(name, canonical(tree).encode()) for name, tree in sorted(modules.items())]
     if "rlora_lab" in modules:
         lab = packages["rlora_lab"]
-        files = [lab / name for name in results_of(trees)]
+        files = [path for name in results_of(trees) for path in sorted(lab.glob(name))]
         files += sorted(path for path in (lab / "data").rglob("*") if path.is_file())
         parts += [(path.relative_to(lab).as_posix(), path.read_bytes()) for path in files]
     digest = hashlib.sha256()

@@ -1,17 +1,25 @@
 """Names that plans and reports share with what trains: this module imports nothing."""
 
+UNTRAINED = "none"
 METHODS = (
+    UNTRAINED,
+    "heads",
     "lora",
     "lora-classic",
     "lora-rank",
+    "lora-rank+init",
     "hydralora",
+    "hydralora-classic",
     "hydralora-own",
     "hydralora+dropout",
     "hydralora+init",
     "one-head",
     "mlora",
     "mlora-nodropout",
+    "oracle",
     "rlora-centered",
+    "rlora+router",
+    "rlora-moved",
     "rlora",
 )
 """What each is: `rlora_lab.models.methods`."""

@@ -23,6 +23,21 @@ BLOCK = {
 }
 
 
+# Two methods tuned in stages, and two controls.
+STAGED = {
+    "methods": ["lora", "rlora", "mlora", "none"],
+    "dropouts": [0.0, 0.1],
+    "sweep_seeds": [10, 11, 12],
+    "finalists": 2,
+    "control_seeds": 1,
+    "like": {"mlora": "rlora", "none": "lora"},
+    "scales": {
+        "lora": {"lora_alpha": [8.0, 16.0, 32.0, 64.0]},
+        "rlora": {"lora_alpha": [16.0, 32.0, 64.0], "gamma": [16.0, 64.0]},
+    },
+}
+
+
 def toml(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f'"{k}" = {toml(v)}' for k, v in value.items()) + "}"

@@ -241,6 +241,67 @@ def test_an_adapter_of_upper_blocks_goes_into_the_model(
     torch.testing.assert_close(upper(**suite.collate([row]))["loss"], expected.mean())
 
 
+def test_the_oracle_gives_each_task_its_own_head(llama_folder: Path, made_up_folder: Path):
+    base = small(llama_folder)
+    suite = Language(base, TASKS_MADE_UP, bf16=False)
+    model = adapt("oracle", base, suite, seed=0).eval()
+    batch = suite.collate(suite.training_set(12, seed=0))
+    assert set(batch["tasks"].tolist()) == {0, 1}
+    start = model(**batch)["logits"]
+    with model.disable_adapter():
+        torch.testing.assert_close(start, model(**batch)["logits"])
+    perturb(model)
+    found = model(**batch)["logits"]
+    # the same, task by task, by PEFT's LoRA with the head of the task as its B
+    asked = (batch["labels"] != -100).sum(1).tolist()
+    parts = found.split(asked)
+    for task in (0, 1):
+        other = small(llama_folder)
+        lora = adapt("lora", other, Language(other, TASKS_MADE_UP, bf16=False), seed=0).eval()
+        for path, layer in model.named_modules():
+            if not hasattr(layer, "rlora_A"):
+                continue
+            A, B = layer.rlora_A["default"].weight, layer.rlora_B["default"].weight
+            r = layer.configs["default"].r
+            twin = lora.get_submodule(path)
+            twin.lora_A["default"].weight = nn.Parameter(A)
+            twin.lora_B["default"].weight = nn.Parameter(B[:, task * r : (task + 1) * r])
+            twin.scaling["default"] = 32 / r**0.5
+        rows = [i for i, own in enumerate(batch["tasks"].tolist()) if own == task]
+        expected = lora(**batch)["logits"].split(asked)
+        for i in rows:
+            torch.testing.assert_close(parts[i], expected[i])
+    with pytest.raises(LabError, match="told the task"):
+        model(**{name: value for name, value in batch.items() if name != "tasks"})
+
+
+@pytest.mark.parametrize(
+    ("method", "starts_at_the_base"),
+    [("rlora", True), ("rlora+router", False), ("rlora-moved", False), ("lora-rank+init", True)],
+)
+def test_how_methods_start(
+    method: str, starts_at_the_base: bool, llama_folder: Path, made_up_folder: Path
+):
+    base = small(llama_folder)
+    suite = Language(base, TASKS_MADE_UP, bf16=False)
+    model = adapt(method, base, suite, seed=0).eval()
+    batch = suite.probe("copy", 4)
+    with torch.no_grad():
+        start = model(**batch)["logits"]
+        with model.disable_adapter():
+            assert torch.allclose(start, model(**batch)["logits"], atol=1e-5) == starts_at_the_base
+
+
+def test_methods_without_an_adapter(llama_folder: Path, made_up_folder: Path):
+    base = small(llama_folder)
+    suite = Language(base, TASKS_MADE_UP, bf16=False)
+    model = adapt("none", base, suite, seed=0)
+    assert count_trainable(model) == (0, 0) and not isinstance(model, PeftModel)
+    found = suite.score(model)
+    adapted = adapt("lora", small(llama_folder), suite, seed=0).eval()
+    assert suite.score(adapted) == found  # it starts at the base
+
+
 def test_lower_outputs_are_kept_whole_or_not_at_all(
     llama_folder: Path, made_up_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -284,6 +345,7 @@ def test_a_plan_trains_upper_blocks(
 ):
     monkeypatch.setattr(worker, "load_base", lambda folder: small(Path(folder)))
     language_block = {"base": str(llama_folder), "suite": "language", "tasks": TASKS_MADE_UP}
+    language_block["steps"] = 4
     rates = {"rates": [0.001], "sweep_seeds": None, "methods": ["rlora"], "seeds": [0]}
     plan = load_plan(plan_file(here, a=language_block | rates | {"blocks": 1}))
     assert work(plan, here / "records", Console(quiet=True))
@@ -294,6 +356,13 @@ def test_a_plan_trains_upper_blocks(
     (record,) = records
     assert record["test"]["choice"][0] is None and 0 <= record["test"]["choice"][1] <= 1
     assert len(record["entropy"]) == 2 and record["kept_bytes"] > 0
+    # each row's result, and looks on the way
+    for metric in ("exact", "choice"):
+        for share, rows in zip(record["test"][metric], record["rows"][metric], strict=True):
+            assert (share is None) == (rows is None)
+            assert share is None or share == round(rows.count("1") / len(rows), 5)
+    assert [step for step, _ in record["looks"]] == [1, 2]
+    assert [len(scores["exact"]) for _, scores in record["looks"]] == [2, 2]
     assert str(here) not in (here / "records" / "a.jsonl").read_text()
     shared = load_plan(plan_file(here, a=language_block | rates))["a"].shared()
     assert "blocks" not in shared  # records of blocks without it still belong to them

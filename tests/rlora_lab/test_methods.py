@@ -12,7 +12,6 @@ from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
 from rlora_lab.models.hydralora import HydraLoraConfig
 from rlora_lab.models.methods import (
-    METHODS,
     adapt,
     adapter_config,
     count_trainable,
@@ -21,9 +20,14 @@ from rlora_lab.models.methods import (
     rlora_size,
     target_shapes,
 )
+from rlora_lab.names import METHODS
 from rlora_lab.tasks.strings import Synthetic
 from rlora_min import RLoraConfig, RLoraLayer
 
+# The oracle has to be told tasks, which the language suite does: see its tests.
+ADAPTERS = [method for method in METHODS if method not in ("none", "heads", "oracle")]
+MOVED = ("rlora+router", "rlora-moved")  # the two that don't start at the base
+SMALLER = ("lora-rank", "lora-rank+init")
 widths, small = st.integers(1, 4000), st.integers(1, 16)
 
 
@@ -42,20 +46,20 @@ def test_no_rank_comes_closer(d_in: int, d_out: int, r: int, num_heads: int, hea
 ROUTERLESS = {"lora": 1, "lora-classic": 1, "one-head": 1, "mlora": None, "mlora-nodropout": None}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTERS)
 @pytest.mark.parametrize("r, heads", [(4, 3), (2, 5)])
 def test_counted_size_is_the_formula(method: str, r: int, heads: int):
     base = load_base("tiny")
     shapes = target_shapes(base).values()
     wanted = size = sum(rlora_size(*shape, r, heads) for shape in shapes)
-    if method == "lora-rank":
+    if method in SMALLER:
         size = sum(r * (i + o) for i, o in shapes)
     elif method in ROUTERLESS:
         own = ROUTERLESS[method] or heads
         size = sum(equal_rank(i, o, r, heads, own) * (i + own * o) for i, o in shapes)
     model = adapt(method, base, Synthetic(), seed=0, r=r, num_heads=heads)
     assert count_trainable(model) == (size, 0)
-    assert abs(size / wanted - 1) < (0.8 if method == "lora-rank" else 0.03 if r == 4 else 0.09)
+    assert abs(size / wanted - 1) < (0.8 if method in SMALLER else 0.03 if r == 4 else 0.09)
 
 
 def test_minilm_lora_is_exactly_equal():
@@ -174,7 +178,7 @@ def test_variants_are_saved_and_loaded(method: str, tmp_path):
     assert ranks == ({4, 6} if method == "mlora" else {4})
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_adapt_starts_at_the_base_and_repeats_by_seed(method: str):
     suite = Synthetic()
     ids = suite.batch(8, 0)["input_ids"]
@@ -183,7 +187,7 @@ def test_adapt_starts_at_the_base_and_repeats_by_seed(method: str):
         models = [adapt(method, load_base("tiny"), suite, seed=s).eval() for s in (1, 1, 2)]
         for model in models:
             off = (model(input_ids=ids).logits - expected).abs().max()
-            assert off <= 1e-5 * expected.abs().max()
+            assert (off <= 1e-5 * expected.abs().max()) == (method not in MOVED)
     a, b, c = (get_peft_model_state_dict(model) for model in models)
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(torch.equal(a[key], c[key]) for key in a)

@@ -1,20 +1,24 @@
 """Plans: what they refuse, how a learning rate is chosen, and what there is still to do."""
 
+import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lab_helpers import plan_file, swept
+from lab_helpers import STAGED, plan_file, swept
 
 from rlora_lab.errors import LabError
 from rlora_lab.names import METHODS
-from rlora_lab.runs.plan import PLAN, load_plan, missing, read_all, sweep
+from rlora_lab.runs.choice import Choice, sweep
+from rlora_lab.runs.plan import PLAN, load_plan, missing, read_all
 from rlora_lab.runs.record import add_record, read_records
 from rlora_lab.tasks.strings import Synthetic
 
 
 def test_the_plan_of_the_book():
     plan = load_plan()
-    assert set(plan["synthetic"].methods) == set(METHODS)
+    assert set(plan["synthetic"].methods) < set(METHODS)
     assert len(plan["synthetic"].seeds) >= 10 and len(plan["sentences"].seeds) >= 5
     for size in (2, 4, 8):
         for kind in ("related", "different"):
@@ -49,7 +53,7 @@ STUDY = {"kind": "study", "methods": None, "rates": None, "sweep_seeds": None, "
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"methods": ["dora"]}, "'a': unknown method 'dora': allowed are lora"),
+        ({"methods": ["dora"]}, "'a': unknown method 'dora': allowed are none, heads, lora"),
         ({"suite": "songs"}, "unknown suite 'songs': allowed are synthetic"),
         ({"seeds": [1, 1]}, "seeds must hold each once"),
         ({"methods": []}, "methods: .*at least 1 item"),
@@ -91,7 +95,9 @@ def test_bad_files(tmp_path: Path):
 
 def chosen(tmp_path: Path, means: dict[float, float], **changes) -> tuple:
     plan = load_plan(plan_file(tmp_path, a=changes))
-    return sweep(plan, plan["a"], "rlora", {"a": swept("rlora", means)})
+    asked, choice = sweep(plan, plan["a"], "rlora", {"a": swept("rlora", means)})
+    rates = tuple(dict.fromkeys(asked_for.learning_rate for asked_for, _ in asked))
+    return rates, choice and choice.learning_rate
 
 
 def test_the_rate_with_the_best_mean_is_chosen(tmp_path: Path):
@@ -116,13 +122,14 @@ def test_a_best_rate_at_an_end_extends_the_grid(tmp_path: Path):
 def test_a_sweep_waits_for_all_its_seeds(tmp_path: Path):
     plan = load_plan(plan_file(tmp_path, a={}))
     records = swept("rlora", {0.001: 0.5, 0.002: 0.9, 0.004: 0.5})
-    assert sweep(plan, plan["a"], "rlora", {"a": records})[1] == 0.002
+    best = Choice(0.002)
+    assert sweep(plan, plan["a"], "rlora", {"a": records})[1] == best
     assert sweep(plan, plan["a"], "rlora", {"a": records[:-1]})[1] is None
     assert sweep(plan, plan["a"], "lora", {"a": records})[1] is None
     # what was scored on test data, or with other seeds, takes no part
     other = [r | {"seed": 99, "validation": {"letters": [5.0, 5.0]}} for r in records]
     tested = [r | {"stage": "test", "validation": None} for r in records]
-    assert sweep(plan, plan["a"], "rlora", {"a": other + tested + records})[1] == 0.002
+    assert sweep(plan, plan["a"], "rlora", {"a": other + tested + records})[1] == best
 
 
 def test_rates_that_need_no_sweep(tmp_path: Path):
@@ -133,11 +140,100 @@ def test_rates_that_need_no_sweep(tmp_path: Path):
     none = {name: [] for name in plan}
     first = none | {"a": swept("rlora", {0.001: 0.5, 0.002: 0.9, 0.004: 0.5})}
     found = {name: sweep(plan, plan[name], "rlora", first) for name in ("b", "c", "d")}
-    assert found == {"b": ((), 0.002), "c": ((), 0.3), "d": ((), 0.1)}
-    assert sweep(plan, plan["b"], "rlora", none) == ((), None)
+    assert found == {"b": ([], Choice(0.002)), "c": ([], Choice(0.3)), "d": ([], Choice(0.1))}
+    assert sweep(plan, plan["b"], "rlora", none) == ([], None)
     todo, later = missing(plan, plan["d"], none)
     assert [(run.stage, run.learning_rate) for run in todo] == [("test", 0.1), ("test", 0.2)]
     assert missing(plan, plan["b"], none) == ([], 4)
+
+
+def run_stages(plan: dict, score: Callable[[str, dict, int], float]) -> tuple[list[list], list]:
+    """What a staged sweep asks for, round by round, where each run scores as `score` says; and the
+    runs on test data that follow."""
+    block, records, rounds = plan["a"], [], []
+    while True:
+        todo, _ = missing(plan, block, {"a": records})
+        if {run.stage for run in todo} == {"test"}:
+            return rounds, todo
+        sweeps = [run for run in todo if run.stage == "sweep"]
+        rounds.append(
+            [(run.method, run.learning_rate, dict(run.tuned), run.seed) for run in sweeps]
+        )
+        for run in sweeps:
+            settings = {"rate": run.learning_rate, "lora_alpha": 32.0, "gamma": 64.0}
+            value = score(run.method, settings | dict(run.tuned), run.seed)
+            records.append(
+                {"stage": "sweep", "method": run.method, "seed": run.seed}
+                | {"learning_rate": run.learning_rate, "tuned": dict(run.tuned)}
+                | {"validation": {"letters": [value, value]}}
+            )
+
+
+def test_settings_are_chosen_in_stages(tmp_path: Path):
+    def score(method: str, at: dict, seed: int) -> float:
+        peak = {"lora": 0.002, "rlora": 0.008}[method]  # of R-LoRA beyond the grid's end
+        value = -abs(math.log(at["rate"] / peak)) - at["lora_dropout"]
+        if method == "rlora":
+            value -= 0.01 * abs(math.log(at["gamma"] / 16.0))
+        if at["lora_alpha"] == 16.0:
+            value += 0.1 if seed == 10 else -0.1  # luck of the first seed
+        return value
+
+    plan = load_plan(plan_file(tmp_path, a=STAGED))
+    rounds, tests = run_stages(plan, score)
+    grid = [(rate, drop) for rate in (0.001, 0.002, 0.004) for drop in (0.0, 0.1)]
+    first = [(m, r, {"lora_dropout": d}, 10) for m in ("lora", "rlora") for r, d in grid]
+    assert rounds[0] == first
+    # LoRA's finalists on the seeds that are left; R-LoRA's grid goes on
+    finalists = [("lora", 0.002, {"lora_dropout": d}, s) for d in (0.0, 0.1) for s in (11, 12)]
+    assert rounds[1][:4] == finalists
+    further = [("rlora", 0.008, {"lora_dropout": d}, 10) for d in (0.0, 0.1)]
+    assert rounds[1][4:] == further
+    # the scales at LoRA's best, one changed at a time; then the lucky one on every seed
+    scales = [dict(lora_alpha=a, lora_dropout=0.0) for a in (8.0, 16.0, 64.0)]
+    assert rounds[2][:3] == [("lora", 0.002, own, 10) for own in scales]
+    assert rounds[3][:2] == [("lora", 0.002, scales[1], seed) for seed in (11, 12)]
+    counts = Counter(method for asked in rounds for method, *_ in asked)
+    assert counts == {"lora": 6 + 4 + 3 + 2, "rlora": 6 + 2 + 2 + 4 + 3 + 2}
+    found = {run.method: (run.learning_rate, dict(run.tuned)) for run in tests}
+    assert found["lora"] == (0.002, {"lora_dropout": 0.0})
+    assert found["rlora"][0] == 0.008
+    # controls take what their relative has, on their own seeds, after the others
+    assert found["mlora"] == found["rlora"] and found["none"] == (None, {})
+    order = [(run.method, run.seed) for run in tests]
+    assert order == [(m, s) for s in (0, 1) for m in ("lora", "rlora")] + [
+        ("mlora", 0),
+        ("none", 0),
+    ]
+
+
+def test_a_scale_at_an_end_is_gone_beyond(tmp_path: Path):
+    plan = load_plan(plan_file(tmp_path, a=STAGED | {"extend": 1}))
+    rounds, tests = run_stages(plan, lambda method, at, seed: -at["gamma"] + at["lora_alpha"])
+    alphas = [own["lora_alpha"] for _, _, own, _ in sum(rounds, []) if "lora_alpha" in own]
+    assert max(alphas) == 128.0
+    found = {run.method: dict(run.tuned) for run in tests}
+    assert found["lora"]["lora_alpha"] == 128.0
+    assert found["rlora"] == {"lora_dropout": 0.0, "gamma": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scales": {"lora": {}}}, "scales must name each method that is not in like"),
+        ({"like": {"mlora": "cake"}}, "unknown method in like 'cake': allowed are lora, rlora"),
+        ({"like": {"cake": "lora"}}, "unknown method in like 'cake'"),
+        ({"scales": {"lora": {}, "rlora": {"gamma": [16.0, 64.0]}}}, "equally many scales"),
+        (
+            {"scales": {m: {"lora_alpha": [16.0, 64.0]} for m in ("lora", "rlora")}},
+            "lora_alpha of lora must rise and hold 32.0",
+        ),
+        ({"dropouts": None}, "scales are tried in stages, which need dropouts"),
+    ],
+)
+def test_bad_stages(changes: dict, message: str, tmp_path: Path):
+    with pytest.raises(LabError, match=message):
+        load_plan(plan_file(tmp_path, a=STAGED | changes))
 
 
 def test_a_study_goes_from_trial_to_trial(tmp_path: Path):

@@ -109,6 +109,9 @@ def test_entropy_of_the_routing():
     assert max(routing_entropy(model, suite)) < 0.5
 
 
+ONE = {"sweep_seeds": None, "seeds": [0]}
+
+
 def test_sentences(bert_folder: Path, sentences_folder: Path, here: Path):
     text = {"base": str(bert_folder), "suite": "sentences", "tasks": ["time", "mood"]}
     blocks = {"a": text | {"rates": [0.001, 0.002], "extend": 0, "sweep_seeds": [10]}}
@@ -122,6 +125,10 @@ def test_sentences(bert_folder: Path, sentences_folder: Path, here: Path):
     assert len(tested) == 4 and len(records) == 8
     assert all(0 <= v <= 1 for r in tested for v in r["test"]["accuracy"])
     assert all(r["other_parameters"] == 4 * 32 + 4 for r in tested)
+    heads = load_plan(plan_file(here, a=text | {"methods": ["heads"], "rates": [0.1]} | ONE))["a"]
+    record = do_run(Run(heads, "test", "heads", 0.1, 0))
+    assert (record["adapter_parameters"], record["other_parameters"]) == (0, 4 * 32 + 4)
+    assert record["entropy"] is None and record["similarity"] is None and record["loss"]
     text = (here / "records" / "a.jsonl").read_text()
     for path in (sentences_folder, here, Path.home()):
         assert str(path) not in text

@@ -19,6 +19,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .oracle import TASKS
+
 GROUPS = 4  # of equal size, that a training batch is computed in
 BATCH = 64  # rows at once, where nothing is trained
 
@@ -70,6 +72,7 @@ class AnswerModel(nn.Module):
         labels: Tensor | None = None,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        tasks: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What is answered at the places whose label is not -100.
 
@@ -78,6 +81,7 @@ class AnswerModel(nn.Module):
             labels: (n, tokens), the tokens themselves: they are shifted here.
             input_ids: (n, tokens), for a whole model.
             inputs_embeds: (n, tokens, width), for an upper part: what the lower blocks put out.
+            tasks: (n,), the number of each row's task, for an adapter that is told.
 
         Returns:
             `logits` (answer tokens, words) in the order of the labels, and `loss`, the mean cross
@@ -94,7 +98,9 @@ class AnswerModel(nn.Module):
             for part in parts.chunk(GROUPS if self.training else 1):
                 longest = int(attention_mask[part].sum(1).max())
                 own = {name: inputs[part, :longest], "use_cache": False}
+                told = TASKS.set(None if tasks is None else tasks[part])
                 states = self.model(**own).last_hidden_state
+                TASKS.reset(told)
                 if labels is not None:
                     wanted = labels[part, 1:longest]
                     hidden.append(states[:, :-1][wanted != -100])

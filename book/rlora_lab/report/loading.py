@@ -7,9 +7,11 @@ A block comes as a dictionary, which tables, pictures and questions take:
                     came from
     tasks, metrics  the first metric is the one to choose by
     methods         those that were scored on test data
-    seeds           those that all of them were scored on; sweep_seeds
+    seeds           those that all but the controls were scored on; sweep_seeds
     chosen          the learning rate of each method
-    sweeps          {method: {rate: {seed: mean score over tasks on validation data}}}
+    tuned           {method: settings chosen beside it}
+    sweeps          {method: {choice: {seed: mean score over tasks on validation data}}}, a choice
+                    being a rate with what else was tried
     at_end          the methods whose rate is the last that was tried
     complete        whether nothing of the plan is missing
     rlora_parameters    of R-LoRA's adapter, or None
@@ -24,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LabError
-from ..runs.plan import LAB, PLAN, RECORDS, Block, load_plan, missing, read_all, sweep, sweep_scores
+from ..runs.choice import Choice, choice_of, sweep, sweep_scores
+from ..runs.plan import LAB, PLAN, RECORDS, Block, load_plan, missing, read_all
 
 SCORES = ("validation", "test", "test_stopped")
 
@@ -76,13 +79,16 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
     all_records, settings = read_all(plan, records)
     tested = [r for r in all_records[name] if r["stage"] == "test"]
     methods = [m for m in block.methods if any(r["method"] == m for r in tested)]
-    if not methods:
+    if set(methods) <= block.like.keys():
         raise LabError(f"{name}: nothing has been scored on test data yet")
-    chosen = {m: _tested_rate(plan, block, m, all_records) for m in methods}
+    choices = {m: _tested_choice(plan, block, m, all_records) for m in methods}
+    chosen = {m: choice.learning_rate for m, choice in choices.items()}
     setting = settings[name][0]
     todo, later = missing(plan, block, all_records)
     sweeps = {m: sweep_scores(all_records[name], m) for m in methods}
-    seeds = [{r["seed"] for r in tested if r["method"] == m} for m in methods]
+    seeds = [
+        {r["seed"] for r in tested if r["method"] == m} for m in methods if m not in block.like
+    ]
     sizes = [
         r["adapter_parameters"]
         for r in tested
@@ -102,11 +108,13 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
         "seeds": [s for s in block.seeds if all(s in known for known in seeds)],
         "sweep_seeds": list(block.sweep_seeds),
         "chosen": chosen,
+        "tuned": {m: dict(choice.tuned) for m, choice in choices.items()},
         "sweeps": sweeps,
         "at_end": [
             m
             for m in methods
-            if len(sweeps[m]) > 1 and chosen[m] in (min(sweeps[m]), max(sweeps[m]))
+            if len(rates := sorted({choice.learning_rate for choice in sweeps[m]})) > 1
+            and chosen[m] in (rates[0], rates[-1])
         ],
         "complete": not todo and not later,
         "rlora_parameters": sizes[0] if sizes else None,
@@ -123,25 +131,32 @@ def _with_sources(plan: dict[str, Block], name: str | None) -> dict[str, Block]:
     return found
 
 
-def _tested_rate(
+def _tested_choice(
     plan: dict[str, Block], block: Block, method: str, records: dict[str, list[dict]]
-) -> float:
-    """The learning rate that a method is measured at, if it is the one that was chosen."""
-    rates = {
-        record["learning_rate"]
+) -> Choice:
+    """What a method is measured at, if it is what was chosen."""
+    choices = {
+        choice_of(record)
         for record in records[block.name]
         if (record["method"], record["stage"]) == (method, "test")
     }
     if block.kind == "study":  # the search chose it
-        return rates.pop()
+        return choices.pop()
     _, best = sweep(plan, block, method, records)
-    others = rates - {best}
+    others = choices - {best}
     if others and not block.chosen:
         raise LabError(
-            f"{block.name}: {method} was scored on test data at {sorted(others)}, but its sweep "
-            f"chooses {best}. A rate must not be chosen anew after test data was seen."
+            f"{block.name}: {method} was scored on test data at {_words(others)}, but its sweep "
+            f"chooses {_words({best})}. It must not be chosen anew after test data was seen."
         )
     return best
+
+
+def _words(choices: set[Choice | None]) -> str:
+    return ", ".join(
+        "nothing yet" if c is None else " ".join([f"{c.learning_rate:g}", *map(str, c.tuned)])
+        for c in choices
+    )
 
 
 def _by_task(record: dict, tasks: Sequence[str]) -> dict:
@@ -184,19 +199,22 @@ def chosen_records(result: dict, method: str) -> list[dict]:
     records = [
         r
         for r in result["records"]
-        if (r["stage"], r["method"], r["learning_rate"])
-        == ("test", method, result["chosen"][method])
+        if (r["stage"], r["method"]) == ("test", method)
+        and r["learning_rate"] == result["chosen"][method]
         and r["seed"] in result["seeds"]
     ]
     return sorted(records, key=lambda r: r["seed"])
 
 
+def tasks_with(result: dict, metric: str) -> list[str]:
+    """The tasks that have a metric: not all have options to choose from."""
+    scores = next(r["test"] for r in result["records"] if r["test"])
+    return [task for task in result["tasks"] if scores[task][metric] is not None]
+
+
 def score_array(result: dict, method: str, metric: str | None = None) -> np.ndarray:
-    """Scores on test data, (seeds, tasks); `metric` is the suite's first unless named."""
+    """Scores on test data, (seeds, tasks with the metric), the suite's first unless named."""
     metric = metric or result["metrics"][0]
-    return np.array(
-        [
-            [record["test"][task][metric] for task in result["tasks"]]
-            for record in chosen_records(result, method)
-        ]
-    )
+    tasks = tasks_with(result, metric)
+    records = chosen_records(result, method)
+    return np.array([[record["test"][task][metric] for task in tasks] for record in records])

@@ -2,6 +2,7 @@
 
 | picture | what |
 | --- | --- |
+| `overview_plot` | R-LoRA less LoRA in every comparison |
 | `forest` | contrasts with their intervals |
 | `task_dots` | each seed's score on each task |
 | `similarity_plot` | head similarity against accuracy, a point for each run |
@@ -15,10 +16,12 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..drawing.style import METHOD_STYLES, OKABE_ITO
 from .loading import score_array
+from .overview import LANGUAGE, Line
 from .questions import Contrast, rate_means, similarity_points
 from .tables import label
 
@@ -29,14 +32,48 @@ def _style(method: str, **changes) -> dict:
     return METHOD_STYLES[method] | changes
 
 
-def forest(contrasts: Sequence[Contrast], title: str = "", xlabel: str = "") -> Figure:
+def _ends(ax: Axes, left: str, right: str) -> None:
+    """Zero as a line, and at the ends of a signed axis what lies there; a real minus."""
+    ax.axvline(0, color="black", linewidth=1, linestyle="-", marker="")
+    for x, words, side in ((0, f"← {left}", "left"), (1, f"{right} →", "right")):
+        ax.text(x, 1.01, words, transform=ax.transAxes, ha=side, va="bottom", fontsize=9)
+    ax.grid(axis="y", visible=False)
+
+
+def overview_plot(lines: Sequence[Line]) -> Figure:
+    """R-LoRA less LoRA of equal size; filled where the verdict is more than "cannot tell"."""
+    figure, ax = plt.subplots(figsize=(6.4, 1.1 + 0.27 * len(lines)))
+    _ends(ax, "LoRA better", "R-LoRA better")
+    for y, line in enumerate(lines):
+        told = line.verdict != "cannot tell"
+        ax.errorbar(
+            line.mean,
+            y,
+            xerr=[[line.mean - line.low], [line.high - line.mean]],
+            color=OKABE_ITO["vermillion" if line.block in LANGUAGE else "blue"],
+            marker="D" if line.block in LANGUAGE else "o",
+            linestyle="-",
+            markersize=6,
+            markerfacecolor=None if told else "white",
+            capsize=3,
+        )
+    ax.set_yticks(range(len(lines)), [f"{line.what} ({line.seeds} seeds)" for line in lines])
+    ax.set_ylim(len(lines) - 0.5, -0.5)
+    ax.set_xlabel("R-LoRA less LoRA of equal size, percentage points, 95 % interval")
+    return figure
+
+
+def forest(
+    contrasts: Sequence[Contrast], title: str = "", left: str = "worse", right: str = "better"
+) -> Figure:
     """Contrasts as points with their 95 % intervals; filled where Holm's correction leaves them
-    standing. A true difference within the grey band would mostly go unseen with these seeds."""
+    standing. A true difference within the grey band would mostly go unseen with these seeds.
+    `left` and `right` say what lies at the ends of the axis."""
     tall = any(": " in c.name for c in contrasts)  # two lines of text to each
     figure, ax = plt.subplots(figsize=(6.4, 0.9 + (0.38 if tall else 0.3) * len(contrasts)))
     limits = np.array([c.detectable for c in contrasts])
     ax.barh(range(len(contrasts)), 2 * limits, 0.7, -limits, color="#E4E4E4", zorder=0)
-    ax.axvline(0, color="black", linewidth=1, linestyle="-", marker="")
+    _ends(ax, left, right)
     for y, c in enumerate(contrasts):
         style = METHOD_STYLES.get(c.name, {"color": OKABE_ITO["black"], "marker": "o"})
         ax.errorbar(
@@ -51,10 +88,10 @@ def forest(contrasts: Sequence[Contrast], title: str = "", xlabel: str = "") -> 
             capsize=3,
         )
     names = [label(c.name).replace(": ", "\n") for c in contrasts]
-    ax.set_yticks(range(len(contrasts)), names, fontsize=7 if tall else None)
-    ax.set(xlabel=xlabel or "percentage points, 95 % interval", title=title)
+    ax.set_yticks(range(len(contrasts)), names, fontsize=8 if tall else None)
+    ax.set(xlabel="percentage points, 95 % interval")
+    ax.set_title(title, pad=18)
     ax.set_ylim(len(contrasts) - 0.5, -0.5)
-    ax.grid(axis="y", visible=False)
     return figure
 
 

@@ -15,7 +15,9 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import ttest_power
 
 from ..errors import LabError
-from .loading import chosen_records, score_array
+from ..names import UNTRAINED
+from .loading import chosen_records, score_array, tasks_with
+from .rows import BothWays, contrast
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -45,8 +47,8 @@ class Contrast:
     holm: float
     """The same, corrected by Holm for all contrasts of the family."""
     detectable: float
-    """The smallest true difference that so many seeds with this spread show with 80 % power at the
-    uncorrected 5 % level."""
+    """The smallest true difference that so many seeds with this spread show with 80 % power, at the
+    level that the family asks of its smallest p: 5 % over the number of its questions."""
 
     @property
     def verdict(self) -> str:
@@ -61,14 +63,14 @@ def holm(p: Iterable[float]) -> np.ndarray:
     return multipletests(list(p), method="holm")[1]
 
 
-def detectable(spread: float, n: int, power: float = 0.8) -> float:
+def detectable(spread: float, n: int, power: float = 0.8, level: float = 0.05) -> float:
     """The smallest true mean of `n` differences of standard deviation `spread` that a two-sided t
-    test at 5 % finds, with its sign, with that power."""
+    test at that level finds, with its sign, with that power."""
 
     def lacks(size: float) -> float:  # size: the true mean in standard deviations
-        return ttest_power(size, n, 0.025, alternative="larger") - power
+        return ttest_power(size, n, level / 2, alternative="larger") - power
 
-    enough = (2 * stats.t.ppf(0.975, n - 1) + 5) / n**0.5
+    enough = (2 * stats.t.ppf(1 - level / 2, n - 1) + 5) / n**0.5
     return float(optimize.brentq(lacks, 0, enough)) * float(spread)
 
 
@@ -85,7 +87,10 @@ def family(differences: dict[str, np.ndarray]) -> list[Contrast]:
             differences.items(),
             p,
             holm(p).tolist(),
-            [detectable(np.std(v, ddof=1), len(v)) for v in differences.values()],
+            [
+                detectable(np.std(v, ddof=1), len(v), level=0.05 / len(differences))
+                for v in differences.values()
+            ],
             strict=True,
         )
     ]
@@ -98,19 +103,29 @@ def differences(
     metric: str | None = None,
     tasks: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """For each seed, the mean score over tasks (all, or those named) of a method less that of the
-    other, in percentage points: (seeds,). Both see the same training examples for one seed.
+    """For each seed that both were run on, the mean score over tasks (all, or those named) of a
+    method less that of the other, in percentage points: (seeds,). Both see the same training
+    examples for one seed.
 
     Raises:
         LabError: an unknown method, or methods that were not run on the same seeds.
     """
-    seeds = [[r["seed"] for r in chosen_records(result, m)] for m in (method, against)]
-    if seeds[0] != seeds[1]:
-        raise LabError(f"{method} and {against} were not run on the same seeds: {seeds}")
-    tasks = result["tasks"] if tasks is None else tasks
-    columns = [result["tasks"].index(task) for task in tasks]
-    first, second = (score_array(result, m, metric)[:, columns].mean(1) for m in (method, against))
-    return 100 * (first - second)
+    known = tasks_with(result, metric or result["metrics"][0])
+    columns = [known.index(task) for task in (known if tasks is None else tasks)]
+    first, second = (
+        dict(
+            zip(
+                [record["seed"] for record in chosen_records(result, m)],
+                score_array(result, m, metric)[:, columns].mean(1),
+                strict=True,
+            )
+        )
+        for m in (method, against)
+    )
+    both = [seed for seed in first if seed in second]
+    if not both:
+        raise LabError(f"{method} and {against} were not run on the same seeds")
+    return 100 * np.array([first[seed] - second[seed] for seed in both])
 
 
 # The questions, each of a part of the method: its name, with it, without it.
@@ -127,30 +142,53 @@ IDEAS = (
     ("side pair rather than centred heads", "rlora", "rlora-centered"),
     ("alpha / sqrt(r) rather than alpha / r", "lora", "lora-classic"),
     ("authors' rather than HydraLoRA's own form", "hydralora", "hydralora-own"),
+    ("HydraLoRA at alpha / sqrt(r) rather than alpha / r", "hydralora", "hydralora-classic"),
     ("two and a half times the parameters", "lora", "lora-rank"),
+    ("a random start, at R-LoRA's rank", "lora-rank+init", "lora-rank"),
+    ("a head a task, told the task", "oracle", "lora"),
+    ("a router that starts at random", "rlora+router", "rlora"),
+    ("a start that is not the base", "rlora-moved", "rlora"),
 )
 
 
-def against_rlora(result: dict, metric: str | None = None) -> list[Contrast]:
-    """Each method less R-LoRA, a family of its own."""
-    return family(
-        {
-            method: differences(result, method, "rlora", metric)
-            for method in result["methods"]
-            if method != "rlora"
-        }
-    )
+def contrasts(
+    result: dict, pairs: dict[str, tuple[str, str]], metric: str | None = None
+) -> list[Contrast]:
+    """Questions that are asked together, each `name: (method, against)`.
+
+    Where each row's result was kept, the intervals are over seeds and rows both.
+    """
+    metric = metric or result["metrics"][0]
+    values = {name: differences(result, *pair, metric) for name, pair in pairs.items()}
+    if not pairs or "rows" not in chosen_records(result, result["methods"][0])[0]:
+        return family(values)
+    found = {name: contrast(result, *pair, metric) for name, pair in pairs.items()}
+    together = holm(c.p for c in found.values()).tolist()
+    return [
+        Contrast(name, values[name], c.mean, *c.interval(), c.p, corrected, _seen(c, len(found)))
+        for (name, c), corrected in zip(found.items(), together, strict=True)
+    ]
+
+
+def _seen(c: BothWays, questions: int) -> float:
+    n = c.freedom + 1
+    return detectable(c.error * n**0.5, n, level=0.05 / questions)
+
+
+def rlora_less(result: dict, metric: str | None = None) -> list[Contrast]:
+    """R-LoRA less each other method, a family of its own; names are the others'."""
+    others = [method for method in result["methods"] if method not in ("rlora", UNTRAINED)]
+    return contrasts(result, {method: ("rlora", method) for method in others}, metric)
 
 
 def ideas(result: dict, metric: str | None = None) -> list[Contrast]:
     """What each part of the method brings (`IDEAS`), as far as its methods were run."""
-    return family(
-        {
-            f"{idea}: {method} less {against}": differences(result, method, against, metric)
-            for idea, method, against in IDEAS
-            if {method, against} <= set(result["methods"])
-        }
-    )
+    pairs = {
+        f"{idea}: {method} less {against}": (method, against)
+        for idea, method, against in IDEAS
+        if {method, against} <= set(result["methods"])
+    }
+    return contrasts(result, pairs, metric)
 
 
 def relatedness(
@@ -231,8 +269,8 @@ def similarity_points(result: dict, kind: str = "change") -> list[tuple[str, flo
 def rate_means(result: dict, method: str) -> dict[float, list[float]]:
     """For each rate of a method's sweep, rising, the validation scores of its seeds in per cent."""
     return {
-        rate: [100 * by_seed[seed] for seed in result["sweep_seeds"] if seed in by_seed]
-        for rate, by_seed in sorted(result["sweeps"][method].items())
+        choice.learning_rate: [100 * by_seed[s] for s in result["sweep_seeds"] if s in by_seed]
+        for choice, by_seed in result["sweeps"][method].items()
     }
 
 

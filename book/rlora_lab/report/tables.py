@@ -7,7 +7,9 @@
 | `contrast_table` | a row for each contrast: difference, interval, p, Holm, detectable, verdict |
 | `correlation_table` | head similarity against accuracy: r, overall and within methods |
 | `rates_table` | the validation score at each learning rate, and the chosen rate |
-| `advice_table` | which of plain LoRA, M-LoRA and R-LoRA to use when, and why |
+| `tuning_table` | where more than rates was tried: each setting, and the chosen ones |
+| `looks_table` | scores on validation data on the way |
+| `advice_table` | which of plain LoRA, M-LoRA and R-LoRA to use when |
 
 Intervals are 95 %, between the columns "from" and "to". Those of chapter 10 are in
 `rlora_lab.report.published`.
@@ -22,13 +24,11 @@ from pandas.io.formats.style import Styler
 
 from ..drawing.style import METHOD_STYLES
 from ..errors import LabError
-from .loading import chosen_records, score_array
+from .loading import chosen_records, score_array, tasks_with
 from .questions import (
     Contrast,
     advise,
     correlation,
-    differences,
-    family,
     interval,
     rate_means,
     similarity_points,
@@ -42,11 +42,15 @@ FORMATS = {  # of columns by name; other numbers have one digit, whole ones none
     "cosine of change": "{:.3f}",
     "routing entropy / ln N": "{:.3f}",
     "difference": "{:+.2f}",
+    "R-LoRA less LoRA": "{:+.2f}",
     "r": "{:+.2f}",
     "from": "{:+.2f}",
     "to": "{:+.2f}",
     "p": "{:.3f}",
     "p after Holm": "{:.3f}",
+    "lora_dropout": "{:g}",
+    "lora_alpha": "{:g}",
+    "gamma": "{:g}",
     "detectable": "{:.2f}",
 }
 BY_ALGEBRA = {  # when: what to use, because; chapters 04 and 07
@@ -108,7 +112,7 @@ def scores_table(result: dict) -> pd.DataFrame:
         records = chosen_records(result, method)
         size = records[0]["adapter_parameters"]
         row = {
-            "learning rate": result["chosen"][method],
+            "learning rate": result["chosen"][method] or np.nan,
             "at an end of its sweep": method in result["at_end"],
             "parameters": size,
             "to R-LoRA's": size / (result["rlora_parameters"] or np.nan) - 1,
@@ -127,7 +131,8 @@ def scores_table(result: dict) -> pd.DataFrame:
             row[name] = _mean([r["similarity"][kind] for r in records if r["similarity"]])
         entropies = [np.mean(r["entropy"]) for r in records if r.get("entropy")]
         row["routing entropy / ln N"] = _mean(entropies)
-        row["seconds"] = float(np.median([r["seconds"] for r in records]))
+        seconds = [r["seconds"] for r in records if "seconds" in r]
+        row["seconds"] = float(np.median(seconds)) if seconds else np.nan
         row["kept MiB"] = _mean([r["kept_bytes"] / 2**20 for r in records if "kept_bytes" in r])
         rows[label(method)] = row
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -140,7 +145,7 @@ def tasks_table(result: dict, metric: str | None = None) -> pd.DataFrame:
         scores = 100 * score_array(result, method, metric)
         columns[label(method), "mean"] = scores.mean(0)
         columns[label(method), "±"] = pd.DataFrame(scores).std().to_numpy()
-    return pd.DataFrame(columns, index=result["tasks"])
+    return pd.DataFrame(columns, index=tasks_with(result, metric or result["metrics"][0]))
 
 
 def contrast_table(contrasts: Sequence[Contrast]) -> pd.DataFrame:
@@ -190,37 +195,70 @@ def rates_table(result: dict) -> pd.DataFrame:
     return table
 
 
+def tuning_table(result: dict) -> pd.DataFrame:
+    """Validation score in per cent of every setting that was tried for the tuned methods, best
+    first: of the first sweep seed, and the mean where all sweep seeds were run."""
+    rows = []
+    for method, tried in result["sweeps"].items():
+        for choice, by_seed in tried.items():
+            taken = choice.learning_rate == result["chosen"][method]
+            rows.append(
+                {
+                    "method": label(method),
+                    "learning rate": choice.learning_rate,
+                    **dict(choice.tuned),
+                    "first seed": 100 * by_seed[result["sweep_seeds"][0]],
+                    "mean": 100 * np.mean([*by_seed.values()]) if len(by_seed) > 1 else np.nan,
+                    "chosen": "x"
+                    if taken and dict(choice.tuned) == result["tuned"][method]
+                    else "",
+                }
+            )
+    table = pd.DataFrame(rows).sort_values("first seed", ascending=False)
+    return table.sort_values("method", kind="stable").set_index("method")
+
+
+def looks_table(result: dict) -> pd.DataFrame:
+    """Scores in per cent on validation data after a quarter and a half of the steps, and on test
+    data at the end; means over tasks and seeds."""
+    metric = result["metrics"][0]
+    rows = {}
+    for method in result["methods"]:
+        records = [r for r in chosen_records(result, method) if r.get("looks")]
+        if not records:
+            continue
+        steps = [step for step, _ in records[0]["looks"]]
+        means = np.mean([[np.mean(s[metric]) for _, s in r["looks"]] for r in records], 0)
+        rows[label(method)] = {
+            f"{step} steps": 100 * m for step, m in zip(steps, means, strict=True)
+        }
+        rows[label(method)]["at the end, test"] = 100 * score_array(result, method).mean()
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def advice_table(situations: dict[str, dict], costs: dict) -> pd.DataFrame:
-    """When to use which of `SIMPLEST_FIRST`, and why.
+    """When to use which of `SIMPLEST_FIRST`, with R-LoRA's difference from LoRA, or why.
 
     Args:
-        situations: `{when: result}`, a row each by `advise`. One random head is no part of that
-            rule: the last column sets it against what the rule names.
+        situations: `{when: result}`, a row each by `advise`.
         costs: the result whose time and memory of training decide where these are what is short.
     """
-
-    def words(c: Contrast) -> str:
-        return f"{c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f}), {c.verdict}"
-
     rows = {}
     for when, result in situations.items():
         use, found = advise(result)
-        head = ""
-        if "one-head" in result["methods"]:
-            head = words(family({"one-head": differences(result, "one-head", use)})[0])
-        because = "; ".join(f"{label(c.name)} {words(c)}" for c in found)
-        rows[when] = label(use), because, head
+        c = next(c for c in found if c.name == "rlora less lora")
+        numbers = {"R-LoRA less LoRA": c.mean, "from": c.low, "to": c.high}
+        rows[when] = {"use": label(use), **numbers, "because": ""}
     spent = (
         np.median([[r["seconds"], r["kept_bytes"]] for r in chosen_records(costs, m)], 0)
         for m in ("rlora", "lora")
     )
     time, memory = np.divide(*spent)
-    rows["time or memory are what is short"] = (
-        "plain LoRA" if min(time, memory) > 1 else "no reason for either: chapter 09",
-        f"in the runs on {costs['config']['base']} R-LoRA took {time:.2f} times the time of PEFT's "
-        f"LoRA and kept {memory:.2f} times its memory",
-        "",
-    )
-    rows |= {when: (*why, "") for when, why in BY_ALGEBRA.items()}
-    columns = ["use", "because", "one random head less it"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    rows["time or memory are what is short"] = {
+        "use": "plain LoRA" if min(time, memory) > 1 else "no reason for either: chapter 09",
+        "because": f"R-LoRA took {time:.2f} times LoRA's time and kept {memory:.2f} times "
+        "its memory",
+    }
+    for when, (use, because) in BY_ALGEBRA.items():
+        rows[when] = {"use": use, "because": because}
+    return pd.DataFrame.from_dict(rows, orient="index")

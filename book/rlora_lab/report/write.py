@@ -8,27 +8,39 @@ from matplotlib.figure import Figure
 
 from ..drawing.style import book_style
 from ..errors import LabError
-from ..runs.plan import PLAN, RECORDS, load_plan
+from ..runs.plan import PLAN, RECORDS, Block, load_plan, read_all
 from ..runs.record import write_whole
 from .loading import provenance, read_block
-from .pictures import MAIN, forest, rate_curves, related_plot, similarity_plot, task_dots
+from .overview import overview
+from .pictures import (
+    MAIN,
+    forest,
+    overview_plot,
+    rate_curves,
+    related_plot,
+    similarity_plot,
+    task_dots,
+)
 from .published import PAIR, leads, leads_plot, published, scatter_table, shown_table
 from .questions import (
     SIMPLEST_FIRST,
     Contrast,
-    against_rlora,
     ideas,
     relatedness,
+    rlora_less,
     similarity_points,
 )
+from .rows import chances_table, chosen_spread
 from .tables import (
     advice_table,
     contrast_table,
     correlation_table,
+    looks_table,
     rates_table,
     scores_table,
     tasks_table,
     text,
+    tuning_table,
 )
 
 SIZES = (2, 4, 8)
@@ -66,9 +78,9 @@ class Report:
         plt.close(figure)
         self.say(f"![{name}]({name}.png)")
 
-    def contrasts(self, name: str, title: str, found: list[Contrast]) -> None:
+    def contrasts(self, name: str, title: str, found: list[Contrast], *ends: str) -> None:
         self.table(name, title, contrast_table(found))
-        self.picture(name, forest(found, title))
+        self.picture(name, forest(found, title, *ends))
 
     def related(self, name: str, title: str, found: dict[str, list[Contrast]]) -> None:
         for kind, contrasts in found.items():
@@ -81,13 +93,18 @@ class Report:
     def block(self, name: str, result: dict) -> None:
         self.table(f"{name}-scores", "Scores", scores_table(result))
         self.table(f"{name}-tasks", "Tasks", tasks_table(result))
-        if result["sweep_seeds"]:
+        if any(result["tuned"].values()):
+            self.table(f"{name}-tuning", "Settings that were tried", tuning_table(result))
+            self.table(f"{name}-looks", "On the way", looks_table(result))
+        elif result["sweep_seeds"]:
             self.table(f"{name}-rates", "Learning rates", rates_table(result))
             self.picture(f"{name}-rates", rate_curves(result))
         if "rlora" in result["methods"] and len(result["methods"]) > 1:
             for metric in result["metrics"]:
-                found = against_rlora(result, metric)
-                self.contrasts(f"{name}-{metric}-against-rlora", f"Less R-LoRA, {metric}", found)
+                found = rlora_less(result, metric)
+                ends = "the other better", "R-LoRA better"
+                title = f"R-LoRA less each other, {metric}"
+                self.contrasts(f"{name}-{metric}-rlora-less", title, found, *ends)
         parts = ideas(result)
         if parts:
             self.contrasts(f"{name}-ideas", "What each part brings", parts)
@@ -136,6 +153,29 @@ class Report:
             self.table("scatter-leads", "What one run each could show", shown_table(spread))
             self.picture("scatter-leads", leads_plot(spread))
 
+    def chances(self, plan: dict[str, Block], records: Path) -> None:
+        """What so many seeds can show of a language model, from the rows of the sweep."""
+        for name, block in plan.items():
+            if not block.dropouts:
+                continue
+            try:
+                rows = chances_table(chosen_spread(plan, name, read_all(plan, records)[0]))
+            except LabError as error:
+                self.say(f"## What can be shown, {name}\n\n{error}")
+                continue
+            title = "Share of cases in which equal methods are found equivalent, by margin"
+            self.table(f"{name}-chances", title, rows, "{:.2f}")
+
+    def overview(self, plan: Path, records: Path) -> None:
+        """The first picture, and in words."""
+        lines, waiting = overview(plan, records)
+        if lines:
+            self.say("## R-LoRA less LoRA of equal size")
+            self.picture("overview", overview_plot(lines))
+            self.say("\n".join(f"- {line.sentence()}" for line in lines))
+        if waiting:
+            self.say("Planned and not done yet: " + ", ".join(waiting) + ".")
+
 
 def write_report(folder: Path, plan: Path = PLAN, records: Path = RECORDS) -> str:
     """Make every table and picture of the comparisons that have been scored on test data.
@@ -148,6 +188,8 @@ def write_report(folder: Path, plan: Path = PLAN, records: Path = RECORDS) -> st
     asked = load_plan(plan)
     blocks = {}
     with book_style(), plt.rc_context({"svg.hashsalt": "rlora"}):
+        report.overview(plan, records)
+        report.chances(asked, records)
         for name in [name for name, block in asked.items() if block.kind == "compare"]:
             try:
                 result = read_block(asked, name, records)

@@ -9,9 +9,8 @@ methods. The fields are those of `Block`; its `kind` says what one run of it doe
     alone       learns one task from few examples, in several ways, chapter 14
     study       searches for settings of R-LoRA, chapter 13 (`rlora_lab.runs.study`)
 
-How a method's learning rate is chosen: each rate has the mean validation score over sweep seeds and
-tasks, and the best is taken. If it is at an end, the next rate beyond is run, and so on, as often
-as `extend` allows. The sweep's seeds are never measured on test data.
+How a method's learning rate and settings are chosen: `rlora_lab.runs.choice`. The sweep's seeds
+are never measured on test data.
 """
 
 import tomllib
@@ -25,7 +24,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ..errors import LabError
-from ..names import AUGMENTATIONS, METHODS, SUITES
+from ..names import AUGMENTATIONS, METHODS, SUITES, UNTRAINED
+from .choice import Choice, choice_of, sweep
 from .record import read_records
 
 LAB = Path(str(files("rlora_lab")))
@@ -33,7 +33,11 @@ RECORDS = LAB / "records" / "evidence"
 PLAN = LAB / "plans" / "evidence.toml"
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+RLORA_GAMMA = 64.0  # the default of RLoraConfig, which reading must not import
 
 
 class Settings(BaseModel):
@@ -44,7 +48,7 @@ class Settings(BaseModel):
     r: Count = 4
     num_heads: Count = 3
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    lora_dropout: Share = 0.1
 
 
 class Block(BaseModel):
@@ -69,6 +73,17 @@ class Block(BaseModel):
     """To choose from, rising; a single one is taken as it is."""
     rates_from: str | None = None
     """An earlier block, whose choice for the method is taken as it is."""
+    dropouts: tuple[Share, ...] = ()
+    """To choose from beside the rates, in stages: see `rlora_lab.runs.choice`."""
+    finalists: Count = 3
+    scales: dict[str, dict[Literal["lora_alpha", "gamma"], tuple[Rate, ...]]] = {}
+    """For each method that is tuned, values to try of what scales it; the usual one among them."""
+    like: dict[str, str] = {}
+    """Controls, each with the tuned method whose choice it takes."""
+    control_seeds: Count | None = None
+    """Controls run on the first so many seeds; None: on all."""
+    margin: Annotated[float, Field(gt=0)] | None = None
+    """Percentage points within which LoRA and R-LoRA count as equivalent."""
     chosen: dict[str, Rate] = {}
     """Rates by method, taken as they are: where they were chosen before, by another rule."""
     sweep_seeds: tuple[int, ...] = ()
@@ -88,6 +103,7 @@ class Block(BaseModel):
         _refuse_unknown("suite", [self.suite], SUITES)
         self._check_methods()
         self._check_rates()
+        self._check_stages()
         return self
 
     def _check_methods(self) -> None:
@@ -113,6 +129,35 @@ class Block(BaseModel):
                 raise ValueError(
                     f"rates must rise by one ratio, unless extend is 0, got {list(self.rates)}"
                 )
+
+    def _check_stages(self) -> None:
+        _refuse_unknown("method in like", self.like, self.methods)
+        tuned = [method for method in self.methods if method not in self.like]
+        _refuse_unknown("method in like", self.like.values(), tuned)
+        if not self.dropouts:
+            if self.scales:
+                raise ValueError("scales are tried in stages, which need dropouts")
+            return
+        if self.scales.keys() != set(tuned):
+            raise ValueError("scales must name each method that is not in like, and no other")
+        if len({sum(map(len, own.values())) - len(own) for own in self.scales.values()}) > 1:
+            raise ValueError("each method must have equally many scales to try")
+        for method, own in self.scales.items():
+            for name, values in own.items():
+                if list(values) != sorted(values) or self.usual(name) not in values:
+                    raise ValueError(
+                        f"{name} of {method} must rise and hold {self.usual(name)}, got {values}"
+                    )
+
+    def seeds_of(self, method: str) -> tuple[int, ...]:
+        """The seeds that a method is measured on."""
+        if method == UNTRAINED:
+            return self.seeds[:1]
+        return self.seeds[: self.control_seeds] if method in self.like else self.seeds
+
+    def usual(self, name: str) -> float:
+        """A setting of the adapters where nothing else is chosen."""
+        return {"gamma": RLORA_GAMMA, **self.settings.model_dump()}[name]
 
     @property
     def base_name(self) -> str:
@@ -182,7 +227,7 @@ class Shape(BaseModel):
     r: Count
     learning_rate: Rate
     gamma: Rate
-    dropout: Annotated[float, Field(ge=0, lt=1)]
+    dropout: Share
 
 
 class Study(Block):
@@ -222,13 +267,16 @@ class Run:
     learning_rate: float | None
     """None: the run finds its own."""
     seed: int
+    tuned: tuple[tuple[str, float], ...] = ()
+    """Settings in the place of the block's."""
     given: dict = field(default_factory=dict, compare=False)
     """What a study found before: settings, or the records of the trials."""
 
     @property
     def key(self) -> tuple:
         """What tells it from the other runs of the plan."""
-        return self.block.name, self.stage, self.method, self.learning_rate, self.seed
+        choice = Choice(self.learning_rate, self.tuned)
+        return self.block.name, self.stage, self.method, choice, self.seed
 
 
 def make_block(name: str, values: dict, where: str) -> Block:
@@ -283,56 +331,6 @@ def load_plan(path: Path = PLAN) -> dict[str, Block]:
     return plan
 
 
-def sweep_scores(records: Iterable[dict], method: str) -> dict[float, dict[int, float]]:
-    """`{rate: {seed: mean score over tasks on validation data}}`, rates rising; of the metric to
-    choose by, which records hold first."""
-    found: dict[float, dict[int, float]] = {}
-    for record in records:
-        if (record["method"], record["stage"]) == (method, "sweep"):
-            by_task = next(iter(record["validation"].values()))
-            by_seed = found.setdefault(record["learning_rate"], {})
-            by_seed[record["seed"]] = float(np.mean(by_task))
-    return dict(sorted(found.items()))
-
-
-def _round(rate: float) -> float:
-    return float(f"{rate:.3g}")
-
-
-def sweep(
-    plan: dict[str, Block], block: Block, method: str, records: dict[str, list[dict]]
-) -> tuple[tuple[float, ...], float | None]:
-    """The rates that a method's sweep is to hold, and the chosen one once they are all run.
-
-    No rates at all: it waits for the block that its rate comes from, or needs no sweep. `records`
-    are those of each block by name.
-    """
-    if block.chosen:
-        return (), block.chosen[method]
-    if block.rates_from:
-        _, chosen = sweep(plan, plan[block.rates_from], method, records)
-        return (), chosen
-    rates = block.rates
-    if len(rates) == 1:
-        return (), rates[0]
-    means = {
-        rate: np.mean([by_seed[seed] for seed in block.sweep_seeds])
-        for rate, by_seed in sweep_scores(records[block.name], method).items()
-        if set(block.sweep_seeds) <= by_seed.keys()
-    }
-    for left in reversed(range(block.extend + 1)):
-        if not set(rates) <= means.keys():
-            return rates, None
-        best = max(rates, key=means.get)
-        if best not in (rates[0], rates[-1]) or not left:
-            return rates, best
-        if best == rates[0]:
-            rates = (_round(rates[0] ** 2 / rates[1]), *rates)
-        else:
-            rates = (*rates, _round(rates[-1] ** 2 / rates[-2]))
-    raise AssertionError("the last round returns")
-
-
 def missing(
     plan: dict[str, Block], block: Block, records: dict[str, list[dict]]
 ) -> tuple[list[Run], int]:
@@ -345,7 +343,7 @@ def missing(
         runs, later = _study_runs(block, records[block.name])
     else:
         runs, later = _compared_runs(plan, block, records)
-    done = {(r["stage"], r["method"], r["learning_rate"], r["seed"]) for r in records[block.name]}
+    done = {(r["stage"], r["method"], choice_of(r), r["seed"]) for r in records[block.name]}
     return [run for run in runs if run.key[1:] not in done], later
 
 
@@ -356,15 +354,21 @@ def _compared_runs(
     tests: list[Run] = []
     later = 0
     for method in block.methods:
-        rates, chosen = sweep(plan, block, method, records)
-        for rate in rates:
-            sweeps += [Run(block, "sweep", method, rate, seed) for seed in block.sweep_seeds]
+        asked, chosen = sweep(plan, block, method, records)
+        if method not in block.like:
+            once = dict.fromkeys(asked)  # later stages ask again for what the first had
+            sweeps += [_run(block, "sweep", method, choice, seed) for choice, seed in once]
+        seeds = block.seeds_of(method)
         if chosen is None:
-            later += len(block.seeds)
+            later += len(seeds)
         else:
-            tests += [Run(block, "test", method, chosen, seed) for seed in block.seeds]
-    tests.sort(key=lambda run: block.seeds.index(run.seed))
+            tests += [_run(block, "test", method, chosen, seed) for seed in seeds]
+    tests.sort(key=lambda run: (run.method in block.like, block.seeds.index(run.seed)))
     return sweeps + tests, later
+
+
+def _run(block: Block, stage: str, method: str, choice: Choice, seed: int) -> Run:
+    return Run(block, stage, method, choice.learning_rate, seed, choice.tuned)
 
 
 def _study_runs(block: Study, records: list[dict]) -> tuple[list[Run], int]:
@@ -373,14 +377,14 @@ def _study_runs(block: Study, records: list[dict]) -> tuple[list[Run], int]:
     trials = [record for record in records if record["stage"] == "search"]
     after = len(RUNGS) * len(block.seeds) + 1 + 4
     if len(trials) < block.trials:
-        trial = Run(block, "search", "search", None, len(trials), {"trials": trials})
+        trial = Run(block, "search", "search", None, len(trials), given={"trials": trials})
         return [trial], block.trials - len(trials) - 1 + after
     ranked = best_trials(trials)
     ladder = block.rungs(ranked[0])
 
     def run(stage: str, method: str, settings: dict, seed: int) -> Run:
         given = {name: settings[name] for name in Shape.model_fields}
-        return Run(block, stage, method, settings["learning_rate"], seed, given)
+        return Run(block, stage, method, settings["learning_rate"], seed, given=given)
 
     runs = [run("test", name, ladder[name], seed) for seed in block.seeds for name in ladder]
     runs.append(run("again", "best", ladder["best"], ranked[0]["seed"]))

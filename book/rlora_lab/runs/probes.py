@@ -28,6 +28,18 @@ def by_metric(scores: dict[str, dict[str, float]], suite: Suite) -> dict[str, li
     }
 
 
+def row_strings(
+    results: dict[str, dict[str, list[bool]]], suite: Suite
+) -> dict[str, list[str | None]]:
+    """Each row's result as records hold it: for each metric a text of 0 and 1 a task, None where a
+    task does not have the metric."""
+    texts = {
+        task: {metric: "".join(str(int(row)) for row in rows) for metric, rows in own.items()}
+        for task, own in results.items()
+    }
+    return {metric: [texts[task].get(metric) for task in suite.tasks] for metric in suite.metrics}
+
+
 def mean_similarity(model: PeftModel, initial: dict | None = None) -> float:
     """Mean cosine over all pairs of heads and all modules; see `head_similarity`."""
     cosines = head_similarity(model, initial=initial).values()

@@ -12,6 +12,7 @@ Every other line is a run:
     date, stage         "sweep" (for the choice of the learning rate) or "test"; in a study also
                         "search", "again" and "runner-up"
     method, learning_rate, seed
+    tuned               settings in the place of the block's, {name: value}, where any were chosen
     validation | test   {metric: [value of each task, in the order of the setting's tasks]}:
                         validation data in the sweep, test data in the test, never both
     seconds, loss       of training, at 10 points (null where it was not finite)
@@ -21,6 +22,9 @@ and what its kind adds. Of the kind "compare", in the test alone:
     adapter_parameters, other_parameters
     kept_bytes          what autograd keeps for the backward of a training batch, beside parameters
     similarity          mean cosine of the heads, and of their change: {"heads", "change"}, or null
+    looks               [[step, validation scores]] on the way, in the suite language
+    rows                {metric: [each task's rows, 1 for right and 0 for wrong]}, in the suite
+                        language
     entropy             of the routing in units of ln N, a mean over modules, by task: 1 is uniform;
                         null without a router
 
@@ -38,6 +42,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import LabError
+from .choice import choice_of
 
 SCHEMA = 2
 
@@ -99,7 +104,7 @@ def read_records(path: Path) -> tuple[dict[str, dict], list[dict]]:
                         f"{path.name} has schema {entry['schema']}, this is for schema {SCHEMA}"
                     )
             else:
-                key = (entry["stage"], entry["method"], entry["learning_rate"], entry["seed"])
+                key = (entry["stage"], entry["method"], choice_of(entry), entry["seed"])
                 records.setdefault(key, entry)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LabError(f"{path.name}, line {number} is no record: {line[:60]!r}") from error

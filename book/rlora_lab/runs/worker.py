@@ -11,19 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import nn
 
 from ..errors import LabError
 from ..models.bases import load_base
 from ..models.methods import adapt, count_trainable
+from ..names import UNTRAINED
 from ..tasks.suite import Suite, load_suite
 from . import scarce, study
 from .plan import Block, Run, missing, read_all
-from .probes import by_metric, rounded, routing_entropy, similarity, training_bytes
+from .probes import by_metric, rounded, routing_entropy, row_strings, similarity, training_bytes
 from .record import add_record, environment
 from .training import train
 
@@ -56,16 +58,55 @@ def setting_of(block: Block, workers: int) -> dict:
 
 
 def compare(run: Run, suite: Suite, folder: Path | None) -> dict:
-    """Train a method on the suite's mixed tasks and score it."""
+    """Train a method on the suite's mixed tasks and score it.
+
+    In the suite language each row's result is kept, and of a test the scores on validation data
+    after a quarter and a half of the steps.
+    """
     block = run.block
-    settings = block.settings.model_dump()
+    settings = block.settings.model_dump() | dict(run.tuned)
     model = adapt(run.method, load_base(block.base), suite, seed=run.seed, **settings).eval()
-    initial = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    test = run.stage == "test"
+    initial = None
     record = {}
-    if run.stage == "test":
+    if isinstance(model, PeftModel):
+        initial = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    if test:
         adapter, other = count_trainable(model)
         record |= {"adapter_parameters": adapter, "other_parameters": other}
-        record["kept_bytes"] = training_bytes(model, suite, block.batch)
+    if run.method != UNTRAINED:
+        if test:
+            record["kept_bytes"] = training_bytes(model, suite, block.batch)
+        record |= _train(run, suite, model, folder)
+    split = "test" if test else "validation"
+    if block.suite == "language":
+        results = suite.results(model, split)
+        record[split] = by_metric(suite.shares(results), suite)
+        record["rows"] = row_strings(results, suite)
+    else:
+        record[split] = by_metric(suite.score(model, split), suite)
+    if test:
+        record["similarity"] = similarity(model, initial) if initial else None
+        record["entropy"] = routing_entropy(model, suite) if initial else None
+    return record
+
+
+def _train(run: Run, suite: Suite, model: nn.Module, folder: Path | None) -> dict:
+    """What is recorded of a training."""
+    block = run.block
+    looks = []
+    scoring = 0.0
+
+    def look(step: int) -> None:
+        nonlocal scoring
+        if step not in (block.steps // 4, block.steps // 2):
+            return
+        start = time.monotonic()
+        model.eval()
+        looks.append([step, by_metric(suite.score(model, "validation"), suite)])
+        model.train()
+        scoring += time.monotonic() - start
+
     start = time.monotonic()
     loss = train(
         model,
@@ -75,15 +116,17 @@ def compare(run: Run, suite: Suite, folder: Path | None) -> dict:
         batch=block.batch,
         seed=run.seed,
         folder=folder,
+        on_step=look if _is_looked_at(run) else None,
     )
-    record["seconds"] = round(time.monotonic() - start, 1)
-    record["loss"] = [rounded(part.mean()) for part in np.array_split(loss, min(10, len(loss)))]
-    split = "test" if run.stage == "test" else "validation"
-    record[split] = by_metric(suite.score(model, split), suite)
-    if run.stage == "test":
-        record["similarity"] = similarity(model, initial)
-        record["entropy"] = routing_entropy(model, suite)
-    return record
+    record = {
+        "seconds": round(time.monotonic() - start - scoring, 1),
+        "loss": [rounded(part.mean()) for part in np.array_split(loss, min(10, len(loss)))],
+    }
+    return record | ({"looks": looks} if looks else {})
+
+
+def _is_looked_at(run: Run) -> bool:
+    return run.block.suite == "language" and run.stage == "test"
 
 
 KINDS: dict[str, Callable[[Run, Suite, Path | None], dict]] = {
@@ -106,6 +149,8 @@ def do_run(run: Run, folder: Path | None = None) -> dict:
         "learning_rate": run.learning_rate,
         "seed": run.seed,
     }
+    if run.tuned:
+        head["tuned"] = dict(run.tuned)
     return head | KINDS[run.block.kind](run, suite_of(run.block), folder)
 
 
@@ -114,9 +159,13 @@ def _start_worker() -> None:
 
 
 def _scratch(run: Run) -> Path | None:
-    # Checkpoints only where a run takes minutes: on the tiny base it takes seconds.
-    name = f"{run.block.name}-{run.stage}-{run.method}-lr{run.learning_rate}-seed{run.seed}"
-    return None if run.block.base == "tiny" else Path("runs") / "checkpoints" / name
+    # Checkpoints only where a run takes minutes, and where nothing is looked at on the way, which
+    # a run that goes on would lack.
+    if run.block.base == "tiny" or _is_looked_at(run):
+        return None
+    chosen = "".join(f"-{name}{value}" for name, value in run.tuned)
+    name = f"{run.block.name}-{run.stage}-{run.method}-lr{run.learning_rate}{chosen}-seed{run.seed}"
+    return Path("runs") / "checkpoints" / name
 
 
 def _work(run: Run, workers: int) -> tuple[dict, dict]:

@@ -336,7 +336,7 @@ class Language:
             splits, sources[task] = load_rows(task)
             for split, rows in splits.items():
                 digest.update(json.dumps(rows).encode())
-                self._rows[task, split] = self._encode(rows, split)
+                self._rows[task, split] = self._encode(rows, split, self.tasks.index(task))
         self.outputs = None
         if self.lower:
             rows = [row for split in self._rows.values() for row in split]
@@ -353,7 +353,7 @@ class Language:
             "bf16": self.bf16,
         }
 
-    def _encode(self, rows: list[dict], split: str) -> list[dict]:
+    def _encode(self, rows: list[dict], split: str, task: int) -> list[dict]:
         """Tokens, one entry for each option where the row has any and is not for training."""
         encoded = []
         for number, row in enumerate(rows):
@@ -369,6 +369,7 @@ class Language:
                         "answer": len(prompt),
                         "row": number,
                         "right": option == row["answer"],
+                        "task": task,
                     }
                 )
         return encoded
@@ -401,7 +402,11 @@ class Language:
         starts = torch.tensor([[row["answer"]] for row in rows])
         places = torch.arange(ids.shape[1])
         asked = mask.bool() & (places >= starts)
-        batch = {"attention_mask": mask, "labels": ids.masked_fill(~asked, -100)}
+        batch = {
+            "attention_mask": mask,
+            "labels": ids.masked_fill(~asked, -100),
+            "tasks": torch.tensor([row["task"] for row in rows]),
+        }
         if self.outputs is None:
             return batch | {"input_ids": ids}
         states = np.zeros((*ids.shape, self.outputs.shape[1]), np.float32)
@@ -455,9 +460,14 @@ class Language:
         model.train(training)
         return found
 
-    def score(self, model: nn.Module, split: str = "test") -> dict[str, dict[str, float]]:
+    @staticmethod
+    def shares(results: dict[str, dict[str, list[bool]]]) -> dict[str, dict[str, float]]:
         """`{task: {"exact": share, "choice": share}}`; tasks without options have no choice."""
         return {
-            task: {metric: sum(rows) / len(rows) for metric, rows in result.items()}
-            for task, result in self.results(model, split).items()
+            task: {metric: sum(rows) / len(rows) for metric, rows in own.items()}
+            for task, own in results.items()
         }
+
+    def score(self, model: nn.Module, split: str = "test") -> dict[str, dict[str, float]]:
+        """The shares of right rows: see `results` and `shares`."""
+        return self.shares(self.results(model, split))
