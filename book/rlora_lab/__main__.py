@@ -378,7 +378,7 @@ def serve(
     """Check every release of a folder, and serve them on Ray Serve until SIGTERM or Ctrl-C.
 
     Requests that were accepted are answered before it ends. Chapter 16 says what a release is,
-    chapter 16b how the server works. It needs the extra serve: pip install "rlora-min[serve]".
+    chapter 16b how the server works. It needs the extra serve: pip install "rlora-min[lab,serve]".
     """
     from .serving.serve import serve as serve_releases
 

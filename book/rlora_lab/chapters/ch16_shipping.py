@@ -64,17 +64,18 @@ def check_release(folder: Path, base: str) -> list:
     """The prompts and answers of a release, if all else is as it was sealed."""
     try:
         release = json.loads((folder / RELEASE).read_text())
-        made_for = str(release["base"])
+        made_for, sealed = str(release["base"]), release["files"]
         canary = [(str(a), int(n), str(said)) for a, n, said in release["canary"]]
-        sealed = {name: release["files"][name] for name in FILES}
+        kind = json.loads((folder / FILES[0]).read_text())["peft_type"]
         there = [path for path in folder.iterdir() if path.is_file()]
         found = {path.name: sha256(path) for path in there}
-        kind = json.loads((folder / FILES[0]).read_text())["peft_type"]
+        changed = [name for name in FILES if found.get(name) != sealed[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(f"{folder.name} can't be read: {error!r}") from error
-    if strange := sorted(found.keys() - {*FILES, RELEASE, "README.md"}):
+    strange = sorted(found.keys() - {*FILES, RELEASE, "README.md"})
+    if strange:
         why = f"it holds {strange}, which no release has"
-    elif changed := [name for name in FILES if found.get(name) != sealed[name]]:
+    elif changed:
         why = f"{changed} changed since it was sealed, or did not arrive whole"
     elif kind != "RLORA":
         why = f"its type is {kind!r}, and only RLORA is served"
