@@ -6,7 +6,8 @@ STAMP := .venv/.rlora-installed
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadscope -n 2
 
 .PHONY: help book test browser serve execute address bench evidence evidence-quick
-.PHONY: test-oldest test-newest test-colab test-integrations linkcheck preview smollm2 clean
+.PHONY: test-oldest test-newest test-colab test-integrations linkcheck pictures reading smollm2
+.PHONY: clean
 
 # After ##, what `make help` says: the time, the disk that stays taken, what it does.
 .DEFAULT_GOAL := help
@@ -117,11 +118,17 @@ evidence-quick: $(STAMP) ## some minutes | none | the same path on a few made-up
 smollm2: $(STAMP) ## a minute | 0.3 GB | fetches SmolLM2 (93 MB), for what needs a real model
 	$(BIN)/python -m rlora_lab smollm2
 
-# The picture that link previews show, after the layer's drawing or the book's title changed.
-preview: browser ## some seconds | none | draws the picture that link previews show
+# The forest plot of the first page and the README, after the records changed; and the picture that
+# link previews show, after the layer's drawing or the book's title did.
+pictures: browser $(STAMP) ## some seconds | none | draws the first page's forest plot, and link previews
+	$(BIN)/python book/pictures.py
 	$$(command -v chromium || command -v chromium-browser || command -v google-chrome) \
 		--headless --no-sandbox --hide-scrollbars --window-size=1200,630 \
 		--screenshot=book/_static/preview.png file://$(CURDIR)/book/preview.html
+
+# By the rule that the first page states: the minutes of each chapter, and the height of its page.
+reading: browser book ## a minute | 40 MB | prints how long each chapter takes to read, and how high it is
+	$(BIN)/python book/reading.py --site _build/html
 
 serve: book ## half a minute | 40 MB | builds the site and shows it on port 8000, or PORT=
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)

@@ -28,6 +28,7 @@ TOGETHER = {
     "test_book.py": "site",
     "test_browser.py": "site",
     "test_kinds_sharded.py": "sharded",
+    "test_reading.py": "site",
     "test_repository.py": "packages",
 }
 

@@ -1,18 +1,96 @@
-// A box that scrolls sideways can be reached by the keyboard: it gets a tab stop while it is too
-// wide for the window, and loses it when it fits again.
+// What a page does once it stands: equations break, what still is too wide shows that it scrolls
+// and has a tab stop, pictures are enlarged by a tap, and print shows what is folded.
 "use strict";
 {
-  const boxes =
-    ".bd-article :is(pre, div.math, .cell_output, .output, .pst-scrollable-table-container)";
-  const update = () => {
-    for (const box of document.querySelectorAll(boxes)) {
-      const wide = box.scrollWidth > box.clientWidth;
-      const scrolls = wide && getComputedStyle(box).overflowX !== "visible";
+  const all = (selector) => [...document.querySelectorAll(`.bd-article ${selector}`)];
+  const isWide = (box) => box.scrollWidth > box.clientWidth + 1;
+
+  // An equation of several parts with wide spaces between them: a line to each.
+  function breakEquations() {
+    const options = { displayMode: true, throwOnError: false };
+    for (const box of all("div.math").filter(isWide)) {
+      const tex = box.querySelector("annotation")?.textContent ?? "";
+      if (tex.includes("{aligned}")) continue; // it has its own lines
+      for (const space of [/\\qquad/, /\\q?quad/]) {
+        const lines = tex.split(space).join("\\\\[0.3em]");
+        if (isWide(box)) katex.render(`\\begin{gathered}${lines}\\end{gathered}`, box, options);
+      }
+    }
+  }
+
+  // A formula that is bound to the stop after it may still break between its parts.
+  function loosenFormulas() {
+    for (const part of all(".nobreak .base + .base")) part.before(document.createElement("wbr"));
+  }
+
+  const boxes = ":is(pre, div.math, .cell_output, .output, .pst-scrollable-table-container)";
+  function showScrolling() {
+    for (const box of all(boxes)) {
+      const scrolls = isWide(box) && getComputedStyle(box).overflowX !== "visible";
+      box.classList.toggle("scrolls", scrolls);
       if (scrolls) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
     }
-  };
-  window.addEventListener("load", update);
-  window.addEventListener("resize", update);
-  document.addEventListener("toggle", update, true); // a solution was unfolded
+  }
+  function showEnd({ target }) {
+    if (!target.classList?.contains("scrolls")) return;
+    const left = target.scrollWidth - target.clientWidth - target.scrollLeft;
+    target.classList.toggle("end", left < 2);
+  }
+
+  // A number, or an interval such as "-6.0 (-10.1 to -1.9) *".
+  const number = /^[–—]$|^[-+−±~<>≤≥]?\s?\d[\d.,]*( ?(%|×|MB|GB|kB|ms|s|min|h))?( \(.*\))?( \*)?$/;
+  function alignNumbers() {
+    for (const cell of all("td")) {
+      if (number.test(cell.textContent.trim())) cell.classList.add("number");
+    }
+  }
+
+  function enlarge(picture) {
+    const dialog = document.createElement("dialog");
+    dialog.className = "enlarged";
+    dialog.innerHTML = '<button type="button" class="btn btn-primary">Close</button>';
+    dialog.append(picture.cloneNode());
+    dialog.addEventListener("click", () => dialog.close());
+    dialog.addEventListener("close", () => dialog.remove());
+    document.body.append(dialog);
+    dialog.showModal();
+  }
+  function enlargePictures() {
+    for (const picture of all("img").filter((img) => !img.closest("a"))) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "enlarge";
+      button.title = "Enlarge";
+      picture.replaceWith(button);
+      button.append(picture);
+      button.addEventListener("click", () => enlarge(picture));
+    }
+  }
+
+  let opened = [];
+  function unfold() {
+    opened = all("details:not([open])");
+    for (const details of opened) details.open = true;
+  }
+  function fold() {
+    for (const details of opened) details.open = false;
+  }
+
+  window.addEventListener("load", async () => {
+    loosenFormulas();
+    alignNumbers();
+    enlargePictures();
+    await document.fonts.ready; // before that, formulas have other widths
+    breakEquations();
+    showScrolling();
+  });
+  window.addEventListener("resize", () => {
+    breakEquations();
+    showScrolling();
+  });
+  document.addEventListener("toggle", showScrolling, true); // a solution was unfolded
+  document.addEventListener("scroll", showEnd, true);
+  window.addEventListener("beforeprint", unfold);
+  window.addEventListener("afterprint", fold);
 }

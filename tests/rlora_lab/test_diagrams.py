@@ -52,6 +52,16 @@ def test_the_diagram_grows():
     assert shapes(STAGES["lora_layer"]()) < heads < pair < whole
 
 
+def test_what_is_not_at_issue_is_pale():
+    def pale(**options) -> int:
+        return diagrams.heads_layer(side_pair=True, masks=True, **options).data.count("0.25")
+
+    whole, masks = pale(), pale(lit=["masks"])
+    assert whole < pale(lit=["masks", "heads"]) < masks
+    with pytest.raises(ValueError, match="no part 'mask': there are base"):
+        diagrams.heads_layer(lit=["mask"])
+
+
 # The style
 
 LEFT_ALONE = """

@@ -117,13 +117,29 @@ def test_every_picture_has_alt_text(site):
         assert [i for i in page.images if not i.get("alt", "").strip()] == [], name
 
 
-def test_next_and_previous_go_through_the_whole_book(site):
-    for before, after in itertools.pairwise(PAGES):
+def test_next_and_previous_go_through_the_whole_book_but_for_the_translation(site):
+    pages = [page for page in PAGES if not page.endswith(".ja")]
+    for before, after in itertools.pairwise(pages):
         one, two = site[f"{before}.html"], site[f"{after}.html"]
         assert (one.path.parent / one.steps["right-next"]).resolve() == two.path
         assert (two.path.parent / two.steps["left-prev"]).resolve() == one.path
-    assert "left-prev" not in site[f"{PAGES[0]}.html"].steps
-    assert "right-next" not in site[f"{PAGES[-1]}.html"].steps
+    assert "left-prev" not in site[f"{pages[0]}.html"].steps
+    assert "right-next" not in site[f"{pages[-1]}.html"].steps
+    (translation,) = set(PAGES) - set(pages)
+    assert not {"left-prev", "right-next"} & set(site[f"{translation}.html"].steps)
+
+
+def test_the_references_keep_the_capitals_of_names(site):
+    """The style lowers the words of a title; names are in braces."""
+    shown = re.sub(r"\s+", " ", site["book/references.html"].path.read_text())
+    bibliography = (ROOT / "book" / "references.bib").read_text()
+    titles = re.findall(r"^ *title *= *\{(.*?)\},$", bibliography, re.M | re.S)
+    names = re.findall(r"\{(.*?)\}", " ".join(titles))
+    assert len(names) > 30 and [name for name in names if name not in shown] == []
+    bare = re.findall(
+        r"\b[\w]*[a-z][A-Z]\w*|\b[A-Z]{2,}\b", re.sub(r"\{.*?\}", "", " ".join(titles))
+    )
+    assert bare == []
 
 
 def test_no_link_into_the_site_is_dead(site):

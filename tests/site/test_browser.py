@@ -265,11 +265,217 @@ def test_search_finds_a_word(page, size):
     expect(page.locator("article h1")).to_contain_text("Dropout for each head")
 
 
+# A word, and the section that has to come first.
+FOUND = {
+    "vLLM": "book/16_shipping.html#",
+    "merge": "book/02_lora_from_scratch.html#merging",
+    "install": "index.html#install",
+    "Colab": "index.html#install",
+}
+
+
+@pytest.mark.parametrize("word", FOUND)
+def test_search_leads_to_the_section(page, word):
+    page.goto(f"search.html?q={word}")
+    first = page.locator("#search-results li").first
+    expect(first.locator("p.context")).to_contain_text(re.compile(word[:4], re.I))
+    assert FOUND[word] in first.locator("a").first.evaluate("a => a.href")
+    first.locator("a").first.click()
+    expect(page.locator("article section:target > :is(h2, h3)")).to_be_in_viewport()
+
+
+def test_search_knows_words_only(page):
+    """No set-up cell, no formula, no list of a page's sections."""
+    page.goto("search.html?q=find_spec")  # every set-up cell has it
+    expect(page.locator(".search-summary")).to_contain_text("did not match any")
+    page.goto("search.html?q=router")
+    expect(page.locator(".search-summary")).to_contain_text("found")
+    excerpts = " ".join(page.locator("#search-results p.context").all_inner_texts())
+    assert "router" in excerpts and not re.search(r"\\[a-z(\[]|Further reading", excerpts)
+
+
 def test_a_missing_page_leads_back(page):
     assert page.goto(MISSING).status == 404
     expect(page.locator("article h1")).to_contain_text("There is no such page")
     page.locator("article a", has_text="first page").click()
     expect(page.locator("article h1")).to_contain_text("R-LoRA, built and measured")
+
+
+def test_a_missing_page_is_styled_where_the_site_has_a_host_of_its_own(page, address, built):
+    """As `make serve` has it: the site's root is the host's."""
+    host = address.removesuffix(PATH)
+
+    def serve(route) -> None:
+        file = built.root / urlsplit(route.request.url).path.lstrip("/")
+        route.fulfill(path=file if file.is_file() else built.root / "404.html")
+
+    page.route(f"{host}/**", serve)
+    page.goto(f"{host}/no/such/page.html")
+    assert page.locator("article h1").evaluate("h => getComputedStyle(h).fontWeight") == "700"
+    page.locator("article a", has_text="first page").click()
+    page.wait_for_url(f"{host}/index.html")
+
+
+# The form of pages. Each looks at the pages where the thing is most, or was wrong.
+
+FORMULAS = """() => [...document.querySelectorAll('.bd-article div.math')].map(box => ({
+    tex: box.textContent.slice(0, 60), wide: box.scrollWidth > box.clientWidth + 1,
+    shows: box.tabIndex === 0 && getComputedStyle(box).maskImage !== 'none'
+        && getComputedStyle(box).scrollbarWidth === 'thin',
+    wrong: box.querySelector('.katex-error') !== null}))"""
+
+
+@pytest.mark.parametrize(
+    "chapter", ["05_random_heads", "07_rlora", "13_choosing_the_randomness", "15_looking_inside"]
+)
+def test_a_wide_equation_breaks_or_shows_that_it_scrolls(page, chapter):
+    page.goto(f"book/{chapter}.html")
+    page.wait_for_load_state("load")
+    page.wait_for_timeout(500)  # fonts, after which equations are measured
+    assert [f for f in page.evaluate(FORMULAS) if f["wide"] or f["wrong"]] == []
+    page.set_viewport_size(PHONE)
+    page.reload()
+    page.wait_for_timeout(500)
+    formulas = page.evaluate(FORMULAS)
+    assert [f for f in formulas if f["wrong"] or (f["wide"] and not f["shows"])] == []
+    assert sum(f["wide"] for f in formulas) <= 2
+
+
+def test_pictures_fit_a_phone_and_a_tap_enlarges_them(page):
+    page.set_viewport_size(PHONE)
+    page.goto("book/08_does_it_help.html")
+    widths = page.locator(".bd-article img").evaluate_all(
+        "all => all.map(img => [img.getBoundingClientRect().right, img.naturalWidth])"
+    )
+    assert len(widths) > 5 and all(right <= PHONE["width"] for right, natural in widths if natural)
+    page.locator(".bd-article button.enlarge").nth(1).click()
+    large = page.locator("dialog.enlarged img")
+    assert large.bounding_box()["width"] > 1.8 * PHONE["width"]
+    page.keyboard.press("Escape")
+    expect(large).to_have_count(0)
+
+
+def test_the_first_page_shows_the_finding_and_the_ways_in(page, built):
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.goto("index.html")
+    for part in [page.locator("article p").first, *page.locator(".ways a, .first img").all()]:
+        expect(part).to_be_in_viewport(ratio=1)
+    assert page.locator(".ways a").count() == 3 and page.locator(".first img").count() == 2
+    page.set_viewport_size({"width": 390, "height": 844})
+    for way in page.locator(".ways a").all():
+        expect(way).to_be_in_viewport(ratio=1)
+    for picture in page.locator(".first img").all():
+        text = (built.root / picture.get_attribute("src")).read_text()
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])
+        smallest = min(float(n) for n in re.findall(r"font(?:-size)?:[^;\"]*?([\d.]+)px", text))
+        assert smallest * picture.bounding_box()["width"] / width >= 12
+
+
+# Cells that nearly touch, or numbers that do not stand under one another.
+CELLS = """() => [...document.querySelectorAll('.bd-article :is(td, th)')]
+    .filter(cell => cell.textContent.trim()).map(cell => {
+        const style = getComputedStyle(cell);
+        const number = /^[-+−]?[\\d.,]+( \\(.* to .*\\))?$/.test(cell.textContent.trim());
+        return {text: cell.textContent, padding: parseFloat(style.paddingLeft),
+            figures: style.fontVariantNumeric,
+            set: !number || cell.tagName === 'TH'
+                || (style.textAlign === 'right' && style.whiteSpace === 'nowrap')};
+    })"""
+
+
+@pytest.mark.parametrize("name", ["index", "book/08_does_it_help", "book/10_paper_and_code"])
+def test_numbers_in_tables_stand_apart_and_under_one_another(page, name):
+    page.goto(f"{name}.html")
+    cells = page.evaluate(CELLS)
+    assert len(cells) > 30 and [cell for cell in cells if not cell["set"]] == []
+    assert min(cell["padding"] for cell in cells) >= 8
+    assert {cell["figures"] for cell in cells} == {"tabular-nums"}
+
+
+# Where the last word of a heading stands, and its anchor; a formula, and the stop after it.
+LINES = """() => {
+    const middle = rect => (rect.top + rect.bottom) / 2;
+    const last = node => {
+        const range = document.createRange();
+        range.selectNodeContents(node);
+        return middle([...range.getClientRects()].at(-1));
+    };
+    const anchors = [...document.querySelectorAll('.bd-article :is(h1, h2, h3) > a.headerlink')];
+    const stops = [...document.querySelectorAll('.bd-article .nobreak')];
+    const lone = [...document.querySelectorAll('.bd-article .math')]
+        .filter(e => /^[.,;:!?)]/.test(e.nextSibling?.data ?? '') && !e.closest('.nobreak'));
+    return {
+        anchors: anchors.map(
+            a => Math.abs(last(a.previousSibling) - middle(a.getBoundingClientRect()))),
+        stops: stops.filter(e => {
+            const bases = [...e.querySelectorAll('.katex-html .base')];
+            return Math.abs(last(e.lastChild) - middle(bases.at(-1).getBoundingClientRect())) > 16;
+        }).map(e => e.textContent),
+        bound: stops.length, lone: lone.length};
+}"""
+
+
+def test_no_line_begins_with_an_anchor_or_a_stop(page):
+    page.goto("book/05_random_heads.html")
+    for width in range(340, 480, 10):
+        page.set_viewport_size({"width": width, "height": 800})
+        lines = page.evaluate(LINES)
+        assert max(lines["anchors"]) < 16 and lines["stops"] == [] and lines["lone"] == 0
+    assert lines["bound"] > 30
+
+
+def test_headings_weigh_by_rank_and_pictures_have_one_card_in_the_dark(page):
+    page.emulate_media(color_scheme="dark")
+    page.goto("book/08_does_it_help.html")
+    style = "(e, names) => names.map(name => getComputedStyle(e)[name])"
+    two, three = (
+        [
+            float(value.removesuffix("px"))
+            for value in page.locator(f"article {h}").first.evaluate(
+                style, ["fontWeight", "fontSize"]
+            )
+        ]
+        for h in ("h2", "h3")
+    )
+    assert two[0] > three[0] and two[1] > 1.2 * three[1]
+    for picture in page.locator("article .cell_output img").all():
+        around = picture.evaluate(style, ["backgroundColor", "filter"])
+        assert around == ["rgb(255, 255, 255)", "none"]
+        assert picture.evaluate("e => getComputedStyle(e.parentElement).backgroundColor") in (
+            "rgba(0, 0, 0, 0)",
+        )
+
+
+def test_search_stays_in_sight_on_the_last_pages(page):
+    page.goto("book/references.html")
+    page.locator(".bd-sidebar-primary").evaluate("e => { e.scrollTop = e.scrollHeight; }")
+    expect(page.locator(".bd-sidebar-primary .search-button-field")).to_be_in_viewport(ratio=1)
+
+
+def test_print_shows_whole_code_and_open_solutions(page):
+    page.goto("book/04_many_heads.html")
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    folded = page.locator("details.hide")
+    assert folded.count() > 3 and page.locator("details.hide:not([open])").count() == 0
+    cut = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"
+    assert page.locator(".bd-article pre").evaluate_all(cut) == []
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details.hide[open]").count() == 0
+
+
+def test_the_japanese_page_is_a_translation(page):
+    page.goto("book/for_deciders.html")
+    page.locator("article a", has_text="日本語").click()
+    page.wait_for_url("**/for_deciders.ja.html")
+    text = page.locator("article").inner_text()
+    for words in ("導入を判断する方へ", "性能の低下", "コスト", "確認できませんでした", "英語"):
+        assert words in text
+    slanted = "all => all.filter(e => getComputedStyle(e).fontStyle !== 'normal').length"
+    assert page.locator("article *").evaluate_all(slanted) == 0
+    broken = "all => all.filter(e => e.getClientRects().length > 1).length"
+    page.set_viewport_size(PHONE)
+    assert page.locator("article a", has_text="第").evaluate_all(broken) == 0
 
 
 @pytest.mark.parametrize("by", ["mouse", "keyboard"])
@@ -398,17 +604,45 @@ def test_the_playground_by_keyboard_and_ear(page):
     expect(page.locator("#playground-status")).to_contain_text("4 heads of rank 4")
     expect(page.get_by_role("img", name="Each of 4 heads")).to_be_visible()
     before = shown(page, "trained")
-    page.get_by_label("inputs d_in").fill("0")
+    field = page.get_by_label("inputs d")
+    field.fill("0")
     expect(page.get_by_role("alert")).to_contain_text("inputs d_in must be a whole number from 1")
+    border = "e => getComputedStyle(e).borderTopColor"
+    assert field.evaluate(border) != page.get_by_label("outputs d").evaluate(border)
     assert shown(page, "trained") == before
     page.get_by_role("button", name="Start again").click()
     expect(page.locator("#is-N")).to_have_text("3")
     assert page.get_by_role("alert").inner_text() == ""
-    picture = page.locator("#playground svg")
+    picture = page.locator("#playground .drawing svg")
     masks = picture.inner_html()
     page.get_by_label("dropout p").fill("0.5")
     page.get_by_role("button", name="Draw new masks").click()
     assert picture.inner_html() != masks
+
+
+def test_the_playground_compares_and_keeps_its_settings_in_the_address(page):
+    page.goto("book/playground.html")
+    small = shown(page, "trained")
+    page.get_by_role("button", name="7B model").click()
+    assert shown(page, "trained") > 3 * small
+    fill(page, r=16)
+    assert "r=16&d_in=3584&d_out=18944" in page.url
+    settings = {"N": 3, "r": 16, "p": 0.1, "d_in": 3584, "d_out": 18944}
+    page.reload()
+    assert {key: float(page.locator(f"#set-{key}").input_value()) for key in settings} == settings
+    widths = page.locator("#playground .bars rect").evaluate_all(
+        "all => all.map(rect => rect.getBoundingClientRect().width)"
+    )
+    rlora, lora, one = sum(widths[:3]), sum(widths[3:5]), sum(widths[5:])
+    assert rlora == pytest.approx(lora, rel=0.01)
+    trained, alone = shown(page, "trained"), 16 * (3584 + 18944)
+    assert one / rlora == pytest.approx(alone / trained, rel=0.01)
+    narrow = page.locator("#playground .drawing .random").first.bounding_box()["height"]
+    fill(page, d_out=16)
+    wide = page.locator("#playground .drawing .random").first.bounding_box()["height"]
+    assert wide < narrow
+    page.get_by_role("button", name="Start again").click()
+    expect(page).to_have_url(re.compile(r"playground\.html$"))
 
 
 def test_without_scripts_there_is_a_picture_in_its_place(browser, address):

@@ -1,11 +1,14 @@
-"""The README: its lines run, and its numbers are the recorded ones."""
+"""The README and the first page: lines run, and numbers and the picture are the recorded ones."""
 
 import re
+import runpy
 
+import pytest
 from project import ROOT
 
 from rlora_lab.models.bases import load_base
 from rlora_lab.report.loading import chosen_records, load_evidence
+from rlora_lab.report.overview import overview
 from rlora_lab.report.questions import advise, relatedness, rlora_less
 
 README = (ROOT / "README.md").read_text()
@@ -48,6 +51,22 @@ def rows() -> list[str]:
 
 def test_numbers_are_the_recorded_ones():
     assert re.findall(r"^\| .*\d\.\d.*\|$", README, re.M) == rows()
+
+
+PICTURES = runpy.run_path(str(ROOT / "book" / "pictures.py"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "index.md"])
+def test_the_first_sentence_has_the_recorded_number(page):
+    text = " ".join((ROOT / page).read_text().split())
+    first = PICTURES["sentence"](PICTURES["main_lines"]()[0])
+    assert f"{first}, and in none of the comparisons that are finished is it better." in text
+    assert not any(line.verdict == "better" for line in overview()[0])
+
+
+def test_the_forest_plot_is_that_of_the_records():
+    numbers = PICTURES["numbers"](PICTURES["main_lines"]())
+    assert numbers in PICTURES["PICTURE"].read_text("utf-8"), "python book/pictures.py"
 
 
 def test_the_last_row_is_smaller():

@@ -4,12 +4,15 @@ It grows from chapter to chapter. What is frozen has a grey, dashed outline; wha
 coloured, solid one. Each function draws one stage, as SVG on a white ground.
 """
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from io import StringIO
 
 from IPython.display import SVG
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Polygon
+from matplotlib.text import Annotation
 
 from .style import OKABE_ITO, book_style
 
@@ -18,6 +21,8 @@ TRAINED = {"facecolor": "#E3F0F8", "edgecolor": OKABE_ITO["blue"], "linestyle": 
 RANDOM = {"facecolor": "#FDF3DC", "edgecolor": OKABE_ITO["orange"], "linestyle": "-"}
 ROUTER = {"facecolor": "#DFF3EC", "edgecolor": OKABE_ITO["green"], "linestyle": "-"}
 GREY = "#333333"
+PALE = 0.25  # of what a picture shows only as the place of the part at issue
+PARTS = ("base", "A", "heads", "masks", "router", "side pair")
 IN_WIDE, R_WIDE, OUT_WIDE = (
     r"$(\ldots, d_\mathrm{in})$",
     r"$(\ldots, r)$",
@@ -67,6 +72,19 @@ def _arrow(axes: Axes, *points: tuple[float, float], text: str = "", at: int = 0
 
 def _note(axes: Axes, x: float, y: float, text: str, look: dict) -> None:
     axes.text(x, y, text, ha="center", va="center", fontsize=8, color=look["edgecolor"])
+
+
+@contextmanager
+def _shown(axes: Axes, lit: bool) -> Iterator[None]:
+    """What is drawn inside is pale unless it is lit."""
+    before = set(axes.get_children())
+    yield
+    if not lit:
+        for artist in axes.get_children():
+            if artist not in before:
+                artist.set_alpha(PALE)
+                if isinstance(artist, Annotation):  # an arrow, which has an alpha of its own
+                    artist.arrow_patch.set_alpha(PALE)
 
 
 def _frozen_way(axes: Axes, y: float, box: float, half: float, plus: float) -> None:
@@ -135,58 +153,78 @@ def lora_for_tasks() -> SVG:
 
 
 @book_style()
-def heads_layer(side_pair: bool = False, masks: bool = False) -> SVG:
+def heads_layer(side_pair: bool = False, masks: bool = False, lit: Collection[str] = PARTS) -> SVG:
     """Three heads on one A, weighed by a router; with both options this is R-LoRA.
 
     Args:
         side_pair: draw the frozen pair that is subtracted, which random heads need.
         masks: draw a dropout mask to each head.
+        lit: which of `PARTS` are at issue; the rest is drawn pale.
+
+    Raises:
+        ValueError: a part that there is not.
     """
+    unknown = sorted(set(lit) - set(PARTS))
+    if unknown:
+        raise ValueError(f"no part {unknown[0]!r}: there are {', '.join(PARTS)}")
     figure, axes = _canvas(10.4, 5.4 if side_pair else 4.5)
     base, plus, gate, total = 4.4 if side_pair else 3.5, 9.4, 7.15, 8.15
     top, middle, router = base + 0.4, base - 1.4, base - 3.0
     ways = (middle + 0.8, middle, middle - 0.8)
-    _frozen_way(axes, top, box=4.9, half=0.4, plus=plus)
+    with _shown(axes, "base" in lit):
+        _frozen_way(axes, top, box=4.9, half=0.4, plus=plus)
 
-    _arrow(axes, (0.7, top), (0.7, middle), (1.3, middle))
-    _box(axes, 1.75, middle, "$A$", TRAINED, 0.5, 0.2)
-    _note(axes, 1.75, middle - 0.62, "trained", TRAINED)
-    axes.text(2.62, middle + 0.08, R_WIDE, ha="center", va="bottom", fontsize=8)
-    axes.plot([2.2, 3.05], [middle, middle], color=GREY, linewidth=1.1, linestyle="-", marker="")
+    with _shown(axes, "A" in lit):
+        _arrow(axes, (0.7, top), (0.7, middle), (1.3, middle))
+        _box(axes, 1.75, middle, "$A$", TRAINED, 0.5, 0.2)
+        _note(axes, 1.75, middle - 0.62, "trained", TRAINED)
+        axes.text(2.62, middle + 0.08, R_WIDE, ha="center", va="bottom", fontsize=8)
+        axes.plot(
+            [2.2, 3.05], [middle, middle], color=GREY, linewidth=1.1, linestyle="-", marker=""
+        )
     for head, y in enumerate(ways, 1):
         if masks:
-            _arrow(axes, (3.05, middle), (3.05, y), (3.43, y))
-            _box(axes, 3.9, y, f"Drop$_{head}$", RANDOM, 0.25, 0.25)
-            _arrow(axes, (4.35, y), (5.2, y), text=R_WIDE)
-        else:
-            _arrow(axes, (3.05, middle), (3.05, y), (5.2, y), text=R_WIDE, at=1)
-        _box(axes, 5.6, y, f"$B_{head}$", TRAINED, 0.14, 0.32, 0.8)
-        _arrow(axes, (6.0, y), (gate - 0.22, y), text=OUT_WIDE)
-        end = (total - 0.22, y) if y == middle else (total, middle + (0.22 if head == 1 else -0.22))
-        _arrow(axes, (gate + 0.22, y), *([(total, y)] if y != middle else []), end)
+            with _shown(axes, "masks" in lit):
+                _arrow(axes, (3.05, middle), (3.05, y), (3.43, y))
+                _box(axes, 3.9, y, f"Drop$_{head}$", RANDOM, 0.25, 0.25)
+                _arrow(axes, (4.35, y), (5.2, y), text=R_WIDE)
+        with _shown(axes, "heads" in lit):
+            if not masks:
+                _arrow(axes, (3.05, middle), (3.05, y), (5.2, y), text=R_WIDE, at=1)
+            _box(axes, 5.6, y, f"$B_{head}$", TRAINED, 0.14, 0.32, 0.8)
+            _arrow(axes, (6.0, y), (gate - 0.22, y), text=OUT_WIDE)
+            if y == middle:
+                end = [(total - 0.22, y)]
+            else:
+                end = [(total, y), (total, middle + (0.22 if head == 1 else -0.22))]
+            _arrow(axes, (gate + 0.22, y), *end)
 
-    _arrow(axes, (0.7, middle), (0.7, router), (1.3, router))
-    _box(axes, 1.75, router, "$W_r$", ROUTER, 0.35, 0.2)
-    _arrow(axes, (2.2, router), (3.43, router), text=r"$(\ldots, N)$")
-    _box(axes, 3.9, router, "softmax", ROUTER, 0.25, 0.25)
-    _arrow(axes, (4.35, router), (gate, router), (gate, ways[2] - 0.22), text=r"$g\;(\ldots, N)$")
-    for head, y in enumerate(ways, 1):
-        if head < 3:
-            _arrow(axes, (gate, y - 0.58), (gate, y - 0.22))
-        _circle(axes, gate, y, f"$g_{head}$")
+    with _shown(axes, "router" in lit):
+        _arrow(axes, (0.7, middle), (0.7, router), (1.3, router))
+        _box(axes, 1.75, router, "$W_r$", ROUTER, 0.35, 0.2)
+        _arrow(axes, (2.2, router), (3.43, router), text=r"$(\ldots, N)$")
+        _box(axes, 3.9, router, "softmax", ROUTER, 0.25, 0.25)
+        up = (gate, router), (gate, ways[2] - 0.22)
+        _arrow(axes, (4.35, router), *up, text=r"$g\;(\ldots, N)$")
+        for head, y in enumerate(ways, 1):
+            if head < 3:
+                _arrow(axes, (gate, y - 0.58), (gate, y - 0.22))
+            _circle(axes, gate, y, f"$g_{head}$")
 
     if side_pair:
-        side = router - 0.9
-        _arrow(axes, (0.7, router), (0.7, side), (1.3, side))
-        _box(axes, 1.75, side, "$A_0$", FROZEN, 0.35, 0.16)
-        _arrow(axes, (2.2, side), (5.2, side), text=R_WIDE)
-        _box(axes, 5.6, side, r"$\bar B_0$", FROZEN, 0.16, 0.35, 0.8)
-        _note(axes, 3.7, side - 0.2, "frozen", FROZEN)
-        bend = (total + 0.4, side), (total + 0.4, middle - 0.4), (total + 0.13, middle - 0.14)
-        _arrow(axes, (6.0, side), *bend, text=OUT_WIDE)
-        axes.text(total + 0.5, middle - 0.5, "−", ha="left", va="center", fontsize=12)
-    _circle(axes, total, middle, "+")
-    _arrow(axes, (total + 0.22, middle), (plus - 0.22, middle), text=OUT_WIDE)
-    _circle(axes, plus, middle, "$s$")
-    _arrow(axes, (plus, middle + 0.22), (plus, top - 0.22))
+        with _shown(axes, "side pair" in lit):
+            side = router - 0.9
+            _arrow(axes, (0.7, router), (0.7, side), (1.3, side))
+            _box(axes, 1.75, side, "$A_0$", FROZEN, 0.35, 0.16)
+            _arrow(axes, (2.2, side), (5.2, side), text=R_WIDE)
+            _box(axes, 5.6, side, r"$\bar B_0$", FROZEN, 0.16, 0.35, 0.8)
+            _note(axes, 3.7, side - 0.2, "frozen", FROZEN)
+            bend = (total + 0.4, side), (total + 0.4, middle - 0.4), (total + 0.13, middle - 0.14)
+            _arrow(axes, (6.0, side), *bend, text=OUT_WIDE)
+            axes.text(total + 0.5, middle - 0.5, "−", ha="left", va="center", fontsize=12)
+    with _shown(axes, "heads" in lit):
+        _circle(axes, total, middle, "+")
+        _arrow(axes, (total + 0.22, middle), (plus - 0.22, middle), text=OUT_WIDE)
+        _circle(axes, plus, middle, "$s$")
+        _arrow(axes, (plus, middle + 0.22), (plus, top - 0.22))
     return _svg(figure)

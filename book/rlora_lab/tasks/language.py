@@ -304,6 +304,7 @@ class Language:
         blocks: train the upper so many blocks, over outputs of the lower ones that are computed
             once (for CPUs). None: all blocks.
         bf16: products in bf16; None: where this machine has units for it.
+        most: keep at most so many rows of each split of a task, for a short trial. None: all.
     """
 
     name = "language"
@@ -317,6 +318,7 @@ class Language:
         tasks: Iterable[str] | None = None,
         blocks: int | None = None,
         bf16: bool | None = None,
+        most: int | None = None,
     ) -> None:
         if base.tokenizer is None or base.model.get_output_embeddings() is None:
             raise LabError(f"suite 'language' needs a causal model with a tokenizer: {base.name!r}")
@@ -335,8 +337,9 @@ class Language:
         for task in self.tasks:
             splits, sources[task] = load_rows(task)
             for split, rows in splits.items():
-                digest.update(json.dumps(rows).encode())
-                self._rows[task, split] = self._encode(rows, split, self.tasks.index(task))
+                kept = rows[:most]
+                digest.update(json.dumps(kept).encode())
+                self._rows[task, split] = self._encode(kept, split, self.tasks.index(task))
         self.outputs = None
         if self.lower:
             rows = [row for split in self._rows.values() for row in split]

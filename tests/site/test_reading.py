@@ -1,0 +1,67 @@
+"""The rule by which chapters take minutes, and the command that prints it."""
+
+import shutil
+
+import pytest
+import reading
+from chapter_code import CHAPTERS
+from project import ROOT
+
+
+def markdown(source: str) -> dict:
+    return {"cell_type": "markdown", "source": source, "metadata": {}}
+
+
+def code(source: str, *tags: str) -> dict:
+    return {"cell_type": "code", "source": source, "metadata": {"tags": list(tags)}}
+
+
+def test_what_is_counted_and_what_is_not():
+    cells = [
+        markdown("## Code\n\nFour words of [prose](a/long/address.ipynb)."),  # with ## Code: six
+        code("a = 1\n\nb = 2"),
+        code("plt.plot()", "hide-input"),
+        code("# @title Solution", "hide-cell"),
+        markdown("## Exercises"),
+        code("c = 3"),
+        markdown("## Next\n\nOn."),
+    ]
+    assert reading.count(cells) == (6 + 3, 2)
+
+
+def test_the_first_page_states_the_rule():
+    text = " ".join((ROOT / "index.md").read_text().split())
+    assert f"{reading.WORDS} words a minute" in text
+    assert f"visible code at {reading.LINES} lines a minute" in text
+
+
+def test_the_first_page_has_the_minutes_of_each_chapter(built):
+    page = (built.root / "index.html").read_text()
+    for path in CHAPTERS:
+        row = page[
+            page.index(f'<td><p><a class="reference internal" href="book/{path.stem}.html"') :
+        ]
+        minutes = f"<p>{reading.read_minutes(path):.0f}</p>"
+        assert minutes in row[: row.index("</tr>")], path.stem
+
+
+CHROMIUM = any(map(shutil.which, reading.BROWSERS))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: make browser installs it")
+def test_the_command_prints_minutes_and_heights(built, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["reading.py", "--site", str(built.root)])
+    assert reading.main() == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.split() == ["chapter", "words", "lines", "folded", "minutes", "closed", "open"]
+    assert [line.split()[0] for line in lines] == [path.stem for path in CHAPTERS]
+    for line in lines:
+        *_, minutes, closed, opened = map(int, line.split()[1:])
+        assert minutes > 1 and 2000 < closed < opened
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: make browser installs it")
+def test_a_page_that_was_not_built_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["reading.py", "--site", str(tmp_path)])
+    assert reading.main() == 1
+    assert f"{CHAPTERS[0].stem}.html was not built: make book" in capsys.readouterr().err
