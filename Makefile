@@ -13,7 +13,7 @@ NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadsco
 .DEFAULT_GOAL := help
 help: ## at once | none | lists these commands
 	@echo "About how long each takes on two CPU cores, and the disk that stays taken. The first that"
-	@echo "needs .venv makes it: 2 minutes where downloads are quick and 2.5 GB, several times that where"
+	@echo "needs .venv makes it: 2 minutes where downloads are quick and 2.7 GB, several times that where"
 	@echo "pip takes a torch for GPUs."
 	@echo
 	@awk -F ': .*## | [|] ' '/^[a-z0-9-]+: .*## / { \
@@ -52,7 +52,7 @@ test-oldest test-newest: export OMP_NUM_THREADS = 1
 test-oldest test-newest: export HF_HUB_OFFLINE = 1
 define test-in
 	$(BIN)/python tests/site/environments.py $(1) torch pip
-	$(1)/bin/python -m pip install --quiet -e '.[lab,book,test]' $(2)
+	$(1)/bin/python -m pip install --quiet -e '.[lab,serve,book,test]' $(2)
 	$(1)/bin/python -m pip list
 	$(1)/bin/python -m pytest -n 2 --dist loadgroup
 	$(1)/bin/python -m pytest $(NBVAL) book
@@ -79,7 +79,7 @@ test-integrations: export DS_BUILD_OPS = 0
 test-integrations: export TORCH_EXTENSIONS_DIR = $(INTEGRATIONS)/extensions
 test-integrations: export PATH := $(INTEGRATIONS)/bin:$(PATH)
 test-integrations: $(STAMP) ## 5 minutes | 0.2 GB | trains in TRL, DeepSpeed, torchao, Opacus and others
-	$(BIN)/python tests/site/environments.py $(INTEGRATIONS) pip 'rlora-min[lab,book,test]'
+	$(BIN)/python tests/site/environments.py $(INTEGRATIONS) pip 'rlora-min[lab,serve,book,test]'
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps --no-build-isolation \
 		-r tests/integrations/requirements.txt -e .
 	$(INTEGRATIONS)/bin/python -m pip check
@@ -145,7 +145,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv: some minutes, the first time."
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[lab,book,test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[lab,serve,book,test]'
 	$(BIN)/pip download --quiet --no-deps -c constraints.txt -d .venv/wheels \
 		alembic colorlog mako optuna peft setuptools
 	touch $@

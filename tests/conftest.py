@@ -23,6 +23,7 @@ def kind(request):
 # What one worker does alone, because it is made once for all its tests: the built site, packages,
 # a run of two processes.
 TOGETHER = {
+    "test_16b_serving.py": "server",
     "test_17_launched.py": "launched",
     "test_book.py": "site",
     "test_browser.py": "site",

@@ -346,6 +346,10 @@ def smollm2() -> None:
 def serve(
     folder: Annotated[Path, typer.Argument(help="a folder for each release, and current.json")],
     base: Annotated[str, typer.Option(help="tiny, smollm2, a folder, or a hub id")] = "tiny",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto (bfloat16 where there are units for it), float32 or bfloat16"),
+    ] = "auto",
     host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port; 0 takes a free one", min=0)] = 8000,
     window_ms: Annotated[float, typer.Option(help="wait for more requests", min=0)] = 5,
@@ -358,27 +362,31 @@ def serve(
     max_tokens: Annotated[
         int | None, typer.Option(help="tokens of an answer", min=1, show_default="the same")
     ] = None,
+    max_time: Annotated[float, typer.Option(help="seconds of work on a batch")] = 10,
     timeout: Annotated[float, typer.Option(help="seconds until a request is given up")] = 30,
     threads: Threads = None,
 ) -> None:
-    """Check and load every release of a folder, and serve them until SIGTERM or Ctrl-C.
+    """Check every release of a folder, and serve them on Ray Serve until SIGTERM or Ctrl-C.
 
-    Requests that were accepted are answered before it ends. Chapter 16 says what a release is.
+    Requests that were accepted are answered before it ends. Chapter 16 says what a release is,
+    chapter 16b how the server works. It needs the extra serve: pip install "rlora-min[lab,serve]".
     """
     from .serving.serve import serve as serve_releases
 
-    _set_threads(threads)
     serve_releases(
         folder,
-        base,
-        host,
-        port,
-        window_ms,
-        max_batch,
-        max_queue,
-        max_prompt,
-        max_tokens,
-        timeout,
+        base=base,
+        dtype=dtype,
+        host=host,
+        port=port,
+        window_ms=window_ms,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_prompt=max_prompt,
+        max_tokens=max_tokens,
+        max_time=max_time,
+        timeout=timeout,
+        threads=threads,
     )
 
 

@@ -49,8 +49,9 @@ SET_UP = f"""# @title Set-up
 from importlib.util import find_spec
 
 if find_spec("rlora_lab") is None:  # in Colab
-    %pip install -q "rlora-min[lab] @ git+{URL}"
+    %pip install -q "rlora-min[EXTRAS] @ git+{URL}"
 """
+EXTRAS = {"16b_serving.ipynb": "lab,serve"}  # of the other chapters, lab alone
 LONGEST_CELL = 25  # lines that are not blank
 WIDEST_LINE = 85  # columns of code that a page shows without scrolling
 MOST_SECONDS = 60
@@ -114,12 +115,13 @@ def check_opening(nb, name: str) -> list[str]:
     return found
 
 
-def check_setup(nb) -> list[str]:
+def check_setup(nb, name: str) -> list[str]:
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
     setup = code[0]
+    wanted = SET_UP.replace("EXTRAS", EXTRAS.get(name, "lab"))
     found = []
-    if not setup.source.startswith(SET_UP):
-        found.append(f"set-up: the first code cell does not start with\n{SET_UP}")
+    if not setup.source.startswith(wanted):
+        found.append(f"set-up: the first code cell does not start with\n{wanted}")
     if "hide-cell" not in tags(setup) or setup.metadata.get("cellView") != "form":
         found.append("set-up: not hidden (tag hide-cell and cellView: form)")
     if any("pip install" in cell.source for cell in code[1:]):
@@ -244,7 +246,7 @@ def check_stamp(nb, name: str) -> list[str]:
 
 def faults(nb, name: str) -> list[str]:
     """What is wrong with the form of a chapter."""
-    checks = [check_setup, check_outputs, check_pictures, check_text]
+    checks = [check_outputs, check_pictures, check_text]
     if name != WAY_IN:
         checks += [check_parts, check_exercises]
     if name < "08":
@@ -252,7 +254,7 @@ def faults(nb, name: str) -> list[str]:
     found = [fault for check in checks for fault in check(nb)]
     if name == WAY_IN:
         found += check_headings(nb, WAY_IN_PARTS)
-    return check_opening(nb, name) + found + check_stamp(nb, name)
+    return check_opening(nb, name) + check_setup(nb, name) + found + check_stamp(nb, name)
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.name)

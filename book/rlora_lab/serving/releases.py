@@ -31,6 +31,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def names_of(folder: Path) -> list[str]:
+    """The releases in a folder: one folder each, which holds a seal."""
+    return sorted(path.parent.name for path in folder.glob(f"*/{RELEASE}"))
+
+
 def write_current(
     folder: Path, stable: str, candidate: str | None = None, share: float = 0.0
 ) -> None:
@@ -39,7 +44,7 @@ def write_current(
 
 
 def read_current(folder: Path, adapters: Sequence[str]) -> dict:
-    """Who is served. LabError: no such file, or it names something that is not loaded."""
+    """Who is served. LabError: no such file, or it names something that is not there."""
     try:
         current = json.loads((folder / CURRENT).read_text())
         stable, candidate, share = (current[key] for key in ("stable", "candidate", "share"))
@@ -47,5 +52,5 @@ def read_current(folder: Path, adapters: Sequence[str]) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(f"{CURRENT} can't be read: {error!r}") from error
     if not right:
-        raise LabError(f"{CURRENT} says {current}; loaded are {[*adapters]}, a share is in [0, 1].")
+        raise LabError(f"{CURRENT} says {current}; there are {[*adapters]}, a share is in [0, 1].")
     return current
