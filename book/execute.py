@@ -89,9 +89,18 @@ def export_of(notebook: nbformat.NotebookNode, name: str) -> str | None:
     exported = code_of(notebook, EXPORT)
     if not exported:
         return None
-    set_up = parse_cell(code_of(notebook)[0]).body
-    imported = [ast.unparse(n) for n in set_up if isinstance(n, ast.Import | ast.ImportFrom)]
-    text = "\n".join([HEADER.format(name=name), *imported, "\n", "\n\n\n".join(exported), ""])
+    imported, shown = [], []
+    for source in code_of(notebook):
+        body = parse_cell(source).body
+        found = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+        imported += [ast.unparse(node) for node in found]
+        if source in exported:
+            lines = source.splitlines()
+            for node in reversed(found):
+                del lines[node.lineno - 1 : node.end_lineno]
+            shown.append("\n".join(lines).strip())
+    imported = list(dict.fromkeys(imported))
+    text = "\n".join([HEADER.format(name=name), *imported, "\n", "\n\n\n".join(shown), ""])
     ruff = [sys.executable, "-m", "ruff"]
     # F401 takes out the imports that only the rest of the chapter needs, F821 is an unknown name.
     rules = ["--select", "F401,F821,I", "--fix", "--no-cache", "--quiet"]

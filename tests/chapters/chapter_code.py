@@ -54,8 +54,11 @@ def chapter_code(notebook: str, *names: str, **given) -> SimpleNamespace:
 
 
 def cell_code(notebook: str, name: str) -> SimpleNamespace:
-    """The same of the set-up and of the cell that defines `name` alone."""
-    set_up, *others = chapter_sources(notebook)
+    """The same of the chapter's imports and of the cell that defines `name` alone."""
+    sources = chapter_sources(notebook)
+    nodes = [node for source in sources for node in execute.parse_cell(source).body]
+    imports = [ast.unparse(n) for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+    set_up, *others = "\n".join(imports), *sources[1:]
     defines = re.compile(rf"^(def|class) {name}\(|^{name} = ", re.M)
     holder = next(source for source in others if defines.search(source))
     return _run(notebook, [set_up, holder], (), {})

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import tomllib
 from pathlib import Path
 
 import execute
@@ -44,12 +45,13 @@ WAY_IN_PARTS = [
     "Where to read on",
     "Next",
 ]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 # The set-up cell starts like this, so that a chapter alone in Colab has what it imports.
 SET_UP = f"""# @title Set-up
 from importlib.util import find_spec
 
 if find_spec("rlora_lab") is None:  # in Colab
-    %pip install -q "rlora-min[EXTRAS] @ git+{URL}"
+    %pip install -q "rlora-min[EXTRAS] @ git+{URL}@v{VERSION}"
 """
 EXTRAS = {"16b_serving.ipynb": "lab,serve"}  # of the other chapters, lab alone
 LONGEST_CELL = 25  # lines that are not blank
