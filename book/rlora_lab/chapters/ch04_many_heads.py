@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from rlora_lab.chapters.ch02_lora_from_scratch import trained
+from rlora_lab.chapters.ch02_lora_from_scratch import (
+    trained,
+)
 
 
 class HeadsLinear(nn.Module):
