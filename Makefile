@@ -147,5 +147,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv: some minutes, the first time."
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[lab,serve,book,test]'
 	$(BIN)/pip download --quiet --no-deps -c constraints.txt -d .venv/wheels \
-		alembic colorlog mako optuna peft setuptools
+		alembic colorlog gguf mako optuna peft setuptools
 	touch $@

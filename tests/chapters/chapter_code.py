@@ -54,14 +54,20 @@ def chapter_code(notebook: str, *names: str, **given) -> SimpleNamespace:
 
 
 def cell_code(notebook: str, name: str) -> SimpleNamespace:
-    """The same of the chapter's imports and of the cell that defines `name` alone."""
+    """The same of the chapter's imports, but for those of modules that it writes itself, and of
+    the cell that defines `name` alone."""
     sources = chapter_sources(notebook)
+    written = re.findall(r"%%writefile (?:-a )?(\w+)\.py", "\n".join(sources))
     nodes = [node for source in sources for node in execute.parse_cell(source).body]
-    imports = [ast.unparse(n) for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
-    set_up, *others = "\n".join(imports), *sources[1:]
+    imports = [
+        ast.unparse(node)
+        for node in nodes
+        if isinstance(node, ast.Import)
+        or (isinstance(node, ast.ImportFrom) and node.module not in written)
+    ]
     defines = re.compile(rf"^(def|class) {name}\(|^{name} = ", re.M)
-    holder = next(source for source in others if defines.search(source))
-    return _run(notebook, [set_up, holder], (), {})
+    holder = next(source for source in sources[1:] if defines.search(source))
+    return _run(notebook, ["\n".join(imports), holder], (), {})
 
 
 def write_files(notebook: str, folder: Path) -> None:

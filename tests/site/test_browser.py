@@ -267,7 +267,7 @@ def test_search_finds_a_word(page, size):
 
 # A word, and the section that has to come first.
 FOUND = {
-    "vLLM": "book/16_shipping.html#",
+    "vLLM": "book/16b_serving.html#vllm",
     "merge": "book/02_lora_from_scratch.html#merging",
     "install": "index.html#install",
     "Colab": "index.html#install",

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -24,8 +25,9 @@ WHEELS = Path(sys.prefix) / "wheels"
 QUICKEST = min(CHAPTERS, key=lambda path: read(path).metadata["rlora_book"]["seconds"])
 
 # Of what Colab has, what chapters use. Its PEFT is left out: pip must bring one that is new enough.
-COLAB = """accelerate datasets fastapi ipykernel ipython jinja2 matplotlib numpy pandas pip pydantic
-rich scikit-learn scipy sqlalchemy statsmodels torch tqdm transformers typer uvicorn""".split()
+COLAB = """accelerate datasets fastapi ipykernel ipython jinja2 matplotlib numpy pandas pip
+pydantic requests rich scikit-learn scipy sqlalchemy statsmodels torch tqdm
+transformers typer uvicorn""".split()
 # Says what stands here before the set-up cell, and what the chapter has used after it.
 BEFORE = """from importlib.util import find_spec
 assert not any(map(find_spec, ["peft", "rlora_min", "rlora_lab"])), "not fresh"
@@ -37,11 +39,13 @@ for module in (peft, rlora_min, rlora_lab):
 
 
 def repository(folder: Path) -> Path:
-    """A repository that holds the working tree as its one commit."""
+    """A repository that holds the working tree as its one commit, with the version's tag."""
     if copy_project(folder) is None:
         pytest.skip("no git repository to take the files from")
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "--no-verify", "-m", "copy"]):
+    version = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["version"]
+    commit = ["commit", "-q", "--no-verify", "-m", "copy"]
+    for command in (["init", "-q"], ["add", "-A"], commit, ["tag", f"v{version}"]):
         subprocess.run([*git, *command], cwd=folder, check=True)
     return folder
 
