@@ -114,7 +114,7 @@ def task_dots(
     ax.set_ylim(len(tasks) - 0.5, -0.5)
     ax.set(xlabel=f"{metric or result['metrics'][0]} on test data, per cent")
     ax.set_title(f"Large: mean of {len(result['seeds'])} seeds; small: each seed")
-    figure.legend(loc="outside right upper", fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -130,7 +130,7 @@ def similarity_plot(result: dict, kind: str = "change") -> Figure:
     what = "what training added to the heads" if kind == "change" else "the trained heads"
     ax.set(xlabel=f"mean cosine of {what}", ylabel=f"{result['metrics'][0]}, per cent")
     ax.set_title("Small: a run; large: a method's mean")
-    figure.legend(loc="outside right upper", fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -150,7 +150,7 @@ def rate_curves(result: dict, methods: Sequence[str] | None = None) -> Figure:
     ax.set_xticks(sorted(every), [f"{rate:g}" for rate in sorted(every)], rotation=45)
     ax.minorticks_off()
     ax.set_title(f"Mean of sweep seeds ({len(result['sweep_seeds'])}); rings: chosen")
-    figure.legend(loc="outside right upper", fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
