@@ -176,6 +176,18 @@ def test_a_softmax_router_refuses_to_merge_and_points_to_export_lora(kind, call)
     assert torch.equal(evaluated(model, kind.inputs()), expected)
 
 
+def test_a_merge_that_the_last_layer_refuses_begins_in_none():
+    model = perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets, router="mean"))
+    first, *_, last = layers_of(model)
+    last.base_layer.weight = torch.nn.Parameter(
+        last.base_layer.weight.to(torch.float8_e4m3fn), requires_grad=False
+    )
+    before = first.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="float8.* can't be merged into: export_lora"):
+        model.merge_adapter()
+    assert torch.equal(first.base_layer.weight, before) and not first.merged
+
+
 def test_a_safe_merge_refuses_what_is_not_finite():
     model = adapt(SEQUENTIAL.base(), SEQUENTIAL.targets, router="mean")
     layer = layers_of(model)[0]
