@@ -30,6 +30,7 @@ STAGED = {
     "sweep_seeds": [10, 11, 12],
     "finalists": 2,
     "control_seeds": 1,
+    "margin": 2.0,
     "like": {"mlora": "rlora", "none": "lora"},
     "scales": {
         "lora": {"lora_alpha": [8.0, 16.0, 32.0, 64.0]},

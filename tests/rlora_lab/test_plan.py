@@ -207,6 +207,15 @@ def test_settings_are_chosen_in_stages(tmp_path: Path):
     ]
 
 
+def test_nothing_is_tested_before_the_margin_is_set(tmp_path: Path):
+    other = {"rates": None, "rates_from": "a", "sweep_seeds": None, "methods": ["none"]}
+    plan = load_plan(plan_file(tmp_path, a=STAGED | {"margin": None}, b=other))
+    none = {"a": [], "b": []}
+    todo, later = missing(plan, plan["a"], none)
+    assert {run.stage for run in todo} == {"sweep"} and later == 2 + 2 + 1 + 1
+    assert missing(plan, plan["b"], none) == ([], 1)
+
+
 def test_a_scale_at_an_end_is_gone_beyond(tmp_path: Path):
     plan = load_plan(plan_file(tmp_path, a=STAGED | {"extend": 1}))
     rounds, tests = run_stages(plan, lambda method, at, seed: -at["gamma"] + at["lora_alpha"])

@@ -83,7 +83,8 @@ class Block(BaseModel):
     control_seeds: Count | None = None
     """Controls run on the first so many seeds; None: on all."""
     margin: Annotated[float, Field(gt=0)] | None = None
-    """Percentage points within which LoRA and R-LoRA count as equivalent."""
+    """Percentage points within which LoRA and R-LoRA count as equivalent. A block with `dropouts`
+    is not tested before it is set."""
     chosen: dict[str, Rate] = {}
     """Rates by method, taken as they are: where they were chosen before, by another rule."""
     sweep_seeds: tuple[int, ...] = ()
@@ -154,6 +155,11 @@ class Block(BaseModel):
         if method == UNTRAINED:
             return self.seeds[:1]
         return self.seeds[: self.control_seeds] if method in self.like else self.seeds
+
+    @property
+    def waits_for_margin(self) -> bool:
+        """Whether its margin is still to be set, from the sweep: nothing is tested before."""
+        return bool(self.dropouts) and self.margin is None
 
     def usual(self, name: str) -> float:
         """A setting of the adapters where nothing else is chosen."""
@@ -353,13 +359,14 @@ def _compared_runs(
     sweeps: list[Run] = []
     tests: list[Run] = []
     later = 0
+    source = plan[block.rates_from] if block.rates_from else block
     for method in block.methods:
         asked, chosen = sweep(plan, block, method, records)
         if method not in block.like:
             once = dict.fromkeys(asked)  # later stages ask again for what the first had
             sweeps += [_run(block, "sweep", method, choice, seed) for choice, seed in once]
         seeds = block.seeds_of(method)
-        if chosen is None:
+        if chosen is None or source.waits_for_margin:
             later += len(seeds)
         else:
             tests += [_run(block, "test", method, chosen, seed) for seed in seeds]
