@@ -23,6 +23,25 @@ BLOCK = {
 }
 
 
+# What the records of a block share.
+SETTING = {
+    "kind": "compare",
+    "base": "tiny",
+    "base_source": "here",
+    "suite": "synthetic",
+    "metrics": ["letters", "exact"],
+    "steps": 2,
+    "batch": 4,
+    "r": 4,
+    "num_heads": 3,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.1,
+    "machine": "a machine",
+    "threads": 1,
+    "workers": 1,
+    "versions": {"torch": "2", "transformers": "5", "peft": "0.21"},
+}
+
 # Two methods tuned in stages, and two controls.
 STAGED = {
     "methods": ["lora", "rlora", "mlora", "none"],

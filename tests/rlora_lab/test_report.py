@@ -14,7 +14,7 @@ import pytest
 from chapter_code import BOOK
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from lab_helpers import plan_file, swept
+from lab_helpers import SETTING, plan_file, swept
 from scipy import stats
 
 from rlora_lab.errors import LabError
@@ -81,23 +81,6 @@ RECORDED = read_all(PLANNED, RECORDS)[0]
 # Others are not begun, or in progress.
 STORED = [name for name, block in PLANNED.items() if missing(PLANNED, block, RECORDED) == ([], 0)]
 METHODS = ["rlora", "lora", "mlora", "hydralora"]
-SETTING = {
-    "kind": "compare",
-    "base": "tiny",
-    "base_source": "here",
-    "suite": "synthetic",
-    "metrics": ["letters", "exact"],
-    "steps": 2,
-    "batch": 4,
-    "r": 4,
-    "num_heads": 3,
-    "lora_alpha": 32.0,
-    "lora_dropout": 0.1,
-    "machine": "a machine",
-    "threads": 1,
-    "workers": 1,
-    "versions": {"torch": "2", "transformers": "5", "peft": "0.21"},
-}
 
 
 def make_up(folder: Path, seeds: int = 6, **blocks: dict[str, float]) -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lab_helpers import STAGED, plan_file
+from lab_helpers import SETTING, STAGED, plan_file
 
 from rlora_lab.errors import LabError
 from rlora_lab.report.loading import load_evidence, score_array, tasks_with
@@ -18,24 +18,13 @@ from rlora_lab.runs.record import add_record
 
 SKILL = {"lora": 0.5, "rlora": 0.6, "mlora": 0.6, "none": 0.05}
 ROWS = {"validation": 40, "test": 60}
-SETTING = {
+OWN = SETTING | {
     "block": "language",
-    "kind": "compare",
-    "base": "tiny",
-    "base_source": "here",
     "suite": "language",
     "tasks": ["copy", "choose"],
     "metrics": ["exact", "choice"],
     "steps": 4,
-    "batch": 4,
     "blocks": 1,
-    "r": 4,
-    "num_heads": 3,
-    "lora_alpha": 32.0,
-    "lora_dropout": 0.1,
-    "machine": "a machine",
-    "threads": 1,
-    "versions": {"torch": "2", "transformers": "5", "peft": "0.21"},
 }
 
 
@@ -85,7 +74,7 @@ def make_up(folder: Path, rounds: int = 99) -> Path:
             break
         for run in todo:
             record = {"date": "2026-01-01"} | record_of(run, generator)
-            add_record(folder / "language.jsonl", SETTING, record)
+            add_record(folder / "language.jsonl", OWN, record)
     return plan
 
 
