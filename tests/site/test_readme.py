@@ -64,9 +64,19 @@ def test_the_first_sentence_has_the_recorded_number(page):
     assert not any(line.verdict == "better" for line in overview()[0])
 
 
-def test_the_forest_plot_is_that_of_the_records():
+@pytest.mark.parametrize("picture", ["PICTURE", "JAPANESE_PICTURE"])
+def test_the_forest_plot_is_that_of_the_records(picture):
     numbers = PICTURES["numbers"](PICTURES["main_lines"]())
-    assert numbers in PICTURES["PICTURE"].read_text("utf-8"), "python book/pictures.py"
+    assert numbers in PICTURES[picture].read_text("utf-8"), "python book/pictures.py"
+
+
+def test_the_japanese_picture_has_words_for_every_row():
+    blocks = {block for row in PICTURES["MAIN"] for block in row}
+    assert blocks <= set(PICTURES["JAPANESE"])
+    written = PICTURES["JAPANESE_PICTURE"].read_text("utf-8")
+    for line in PICTURES["main_lines"]():
+        assert PICTURES["JAPANESE"][line.block].split("\n")[0] in written
+    assert "better" not in re.sub(r"<dc:description>.*?</dc:description>", "", written)
 
 
 def test_the_last_row_is_smaller():
