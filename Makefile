@@ -127,8 +127,8 @@ pictures: browser $(STAMP) ## some seconds | none | draws the first page's fores
 		--screenshot=book/_static/preview.png file://$(CURDIR)/book/preview.html
 
 # By the rule that the first page states: the minutes of each chapter, and the height of its page.
-reading: browser book ## a minute | 40 MB | prints how long each chapter takes to read, and how high it is
-	$(BIN)/python book/reading.py --site _build/html
+reading: browser book ## a minute | 40 MB | prints minutes and height of each chapter; ARGS=--folded lists folds
+	$(BIN)/python book/reading.py --site _build/html $(ARGS)
 
 serve: book ## half a minute | 40 MB | builds the site and shows it on port 8000, or PORT=
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)

@@ -1,11 +1,12 @@
 """How long a chapter takes to read, by a rule, how much of it is folded, how high its page is.
 
-    python book/reading.py [--site _build/html]
+    python book/reading.py [--site _build/html] [--folded]
 
 The rule: prose, tables and formulas at 225 words a minute, where a word is what stands between two
 spaces of the Markdown, without the addresses of links; visible code at 30 lines a minute, blank
 lines not counted. What is folded and the exercises are not counted, nor is what code prints. Cells
-that only draw or check are folded, by the tag `hide-input`; their number is printed.
+that only draw or check are folded, by the tag `hide-input`; their number is printed, and with
+`--folded` each of them: what it does, its lines, and under which heading.
 
 Heights are in pixels of a window 1280 wide, as the built page stands, and with all that is folded
 open. They need chromium, and a site: `make book`.
@@ -76,11 +77,28 @@ def heights(pages: list[Path]) -> list[tuple[int, int]]:
     return found
 
 
+def folded(cells: list[dict]) -> list[tuple[str, int, str]]:
+    """Of each folded cell what it does ("drawing", "check", "solution"), its lines, the heading that
+    it stands under."""
+    found, under = [], ""
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            under = (re.findall(r"^##+ (.*)", source, re.M) or [under])[-1]
+        elif {"hide-input", "hide-cell"} & set(cell["metadata"].get("tags", [])):
+            prompt = cell["metadata"].get("mystnb", {}).get("code_prompt_show", "Show the code")
+            lines = sum(bool(line.strip()) for line in source.splitlines())
+            found.append((prompt.split()[-1], lines, under))
+    return found
+
+
 def main() -> int:
     """Print a line for each chapter; 1 if heights were asked for and can't be had."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--site", type=Path, help="a built site, for the heights of its pages")
-    site = parser.parse_args().site
+    parser.add_argument("--folded", action="store_true", help="list the folded cells")
+    arguments = parser.parse_args()
+    site = arguments.site
     chapters = sorted(BOOK.glob("[0-9][0-9]*.ipynb"))
     sizes = [("", "")] * len(chapters)
     if site:
@@ -93,9 +111,12 @@ def main() -> int:
     print(f"{'chapter':30}", *(f"{head:>8}" for head in heads))
     for path, size in zip(chapters, sizes, strict=True):
         cells = json.loads(path.read_text("utf-8"))["cells"]
-        folded = sum("hide-input" in cell["metadata"].get("tags", []) for cell in cells)
-        numbers = (*count(cells), folded, round(read_minutes(path)), *size)
+        count_folded = sum("hide-input" in cell["metadata"].get("tags", []) for cell in cells)
+        numbers = (*count(cells), count_folded, round(read_minutes(path)), *size)
         print(f"{path.stem:30}", *(f"{number:>8}" for number in numbers))
+        if arguments.folded:
+            for kind, lines, under in folded(cells):
+                print(f"    {kind:10}{lines:>4} lines  {under}")
     return 0
 
 

@@ -29,6 +29,13 @@ def test_what_is_counted_and_what_is_not():
     assert reading.count(cells) == (6 + 3, 2)
 
 
+def test_what_is_folded_is_listed_by_what_it_does():
+    drawing = code("fig, ax = plt.subplots()\n\nax.plot(y)", "hide-input")
+    drawing["metadata"]["mystnb"] = {"code_prompt_show": "Show the drawing"}
+    cells = [markdown("## Code\n\n### A layer"), code("a = 1"), drawing]
+    assert reading.folded(cells) == [("drawing", 2, "A layer")]
+
+
 def test_the_first_page_states_the_rule():
     text = " ".join((ROOT / "index.md").read_text().split())
     assert f"{reading.WORDS} words a minute" in text

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack
 import matplotlib.pyplot as plt
 from cycler import cycler
 from IPython import get_ipython
+from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by readers with any colour vision, in this order.
 OKABE_ITO = {
@@ -76,6 +77,14 @@ def use_book_style() -> None:
     shell.enable_matplotlib("inline")  # now, for what it sets has to outlive the next cell
     shell.events.register("pre_run_cell", _enter)
     shell.events.register("post_run_cell", _leave)  # pictures were shown before, at post_execute
+
+
+def panels(count: int, figsize: tuple[float, float] = (3.5, 2.9)) -> list[Axes]:
+    """The axes of `count` pictures of their own, of `figsize` inches each.
+
+    A cell that is tagged `panels` shows them side by side, and below one another on a phone.
+    """
+    return [plt.subplots(figsize=figsize)[1] for _ in range(count)]
 
 
 def _method(label: str, color: str, marker: str, linestyle: object) -> dict:
