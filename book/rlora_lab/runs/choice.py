@@ -85,42 +85,41 @@ def sweep(
 
 
 def _best_rate(block: Block, scores: Scores) -> tuple[Asked, Choice | None]:
-    rates = block.rates
-    for left in reversed(range(block.extend + 1)):
-        choices = [Choice(rate) for rate in rates]
-        asked = _asked(choices, block.sweep_seeds)
-        if not _all_run(asked, scores):
-            return asked, None
-        best = _best(choices, block.sweep_seeds, scores)
-        beyond = _beyond(rates, best.learning_rate)
-        if beyond is None or not left:
-            return asked, best
-        rates = sorted((*rates, beyond))
-    raise AssertionError("the last round returns")
+    asked, choices = _grid(block, scores, block.sweep_seeds)
+    return asked, _best(choices, block.sweep_seeds, scores) if choices else None
 
 
 def _staged(block: Block, method: str, scores: Scores) -> tuple[Asked, Choice | None]:
     screen, every = block.sweep_seeds[:1], block.sweep_seeds
-    rates = block.rates
-    for left in reversed(range(block.extend + 1)):
-        choices = [_at(block, rate, dropout) for rate in rates for dropout in block.dropouts]
-        asked = _asked(choices, screen)
-        if not _all_run(asked, scores):
-            return asked, None
-        beyond = _beyond(rates, _best(choices, screen, scores).learning_rate)
-        if beyond is None or not left:
-            break
-        rates = sorted((*rates, beyond))
+    asked, choices = _grid(block, scores, screen)
     choices.sort(key=lambda choice: -_mean(choice, screen, scores))
     finalists = choices[: block.finalists]
     asked += _asked(finalists, every)
-    if not _all_run(asked, scores):
+    if not choices or not _all_run(asked, scores):
         return asked, None
     return _scaled(block, method, scores, asked, _best(finalists, every, scores))
 
 
-def _at(block: Block, rate: float, dropout: float) -> Choice:
-    return Choice(rate).with_value("lora_dropout", dropout)
+def _grid(block: Block, scores: Scores, seeds: Sequence[int]) -> tuple[Asked, list[Choice]]:
+    """What a grid of rates, at each dropout, needs; and its choices, once all of them are run.
+    Rates are added at an end that is best."""
+    rates = block.rates
+    for left in reversed(range(block.extend + 1)):
+        choices = [choice for rate in rates for choice in _at(block, rate)]
+        asked = _asked(choices, seeds)
+        if not _all_run(asked, scores):
+            return asked, []
+        beyond = _beyond(rates, _best(choices, seeds, scores).learning_rate)
+        if beyond is None or not left:
+            return asked, choices
+        rates = sorted((*rates, beyond))
+    raise AssertionError("the last round returns")
+
+
+def _at(block: Block, rate: float) -> list[Choice]:
+    if not block.dropouts:
+        return [Choice(rate)]
+    return [Choice(rate).with_value("lora_dropout", dropout) for dropout in block.dropouts]
 
 
 def _scaled(
