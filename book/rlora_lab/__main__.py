@@ -287,6 +287,10 @@ def speed(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda", show_default="a GPU where there is one")
     ] = None,
+    other_forms: Annotated[
+        bool,
+        typer.Option("--other-forms", help="R-LoRA in two other forms, where bars were missed"),
+    ] = False,
     record: Annotated[
         bool, typer.Option("--record", help="keep it as records/speed-DEVICE.json of this package")
     ] = False,
@@ -322,6 +326,7 @@ def speed(
     measure(
         device,
         quick=quick,
+        other_forms=other_forms,
         record=record,
         rehearse=rehearse,
         plan=plan,

@@ -16,7 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rlora_lab.speed", description=speed.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    for switch in ("--quick", "--record", "--rehearse", "--plan"):
+    for switch in ("--quick", "--other-forms", "--record", "--rehearse", "--plan"):
         parser.add_argument(switch, action="store_true")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--threads", type=int)

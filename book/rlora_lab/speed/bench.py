@@ -54,16 +54,16 @@ from ..errors import LabError
 from ..models.answers import has_bf16
 from ..models.bases import TARGETS
 from ..models.methods import rlora_size
-from ..models.published_loops import PublishedHydraLora, PublishedRLora, publish
+from ..models.published_loops import publish
 from ..runs.record import environment, write_result
 from .bars import verdicts
 from .cases import ALL, SHAPES, Case, Cases, cases, estimate, rehearsal
+from .counts import PUBLISHED
 from .forms import FORMS, use_form
 from .instruments import Clock, Work, ask_gpu, kept_bytes, measure_roof, profile_work
 
 MLP = TARGETS["gate_proj"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
-PUBLISHED = {"published-rlora": PublishedRLora, "published-hydralora": PublishedHydraLora}
 WARM_UP = 2  # rounds that are not counted
 SLACK = 20  # seconds of a budget that go by before the first case and after the last
 GPU = ("name", "driver_version", "memory.total", "power.limit")
@@ -306,6 +306,7 @@ class Speed:
         rehearse: the cases of `device` in miniature, on the CPU.
         out: file of the result; None is a name in `runs/`.
         wanted: `{case: methods}`; None is `cases(device, quick)`.
+        kind: of the cases: "speed", or "speed-forms" for other forms of R-LoRA.
         minutes: start no case that would end later, going by its estimate.
     """
 
@@ -314,6 +315,7 @@ class Speed:
         device: str | None = None,
         *,
         quick: bool = False,
+        kind: str = "speed",
         rehearse: bool = False,
         out: Path | None = None,
         wanted: Cases | None = None,
@@ -328,8 +330,9 @@ class Speed:
             raise LabError("--device cuda: PyTorch finds no GPU here")
         self.wanted = wanted or cases(device, quick, bf16=has_bf16())
         self.device = device
-        command = f"python -m rlora_lab speed --device {device}{' --quick' * quick}"
-        name = f"speed-{device}{'-quick' * quick}.json"
+        options = "--other-forms " * (kind == "speed-forms")
+        command = f"python -m rlora_lab speed {options}--device {device}{' --quick' * quick}"
+        name = f"{kind}-{device}{'-quick' * quick}.json"
         if rehearse:
             self.wanted, self.device = rehearsal(self.wanted), "cpu"
             command, name = f"{command} --rehearse", f"rehearsed-{name}"

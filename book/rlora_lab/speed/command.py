@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import LabError
-from .cases import cases, plan_table
+from .cases import cases, forms, plan_table
 
 RECORDS = Path(str(files("rlora_lab"))) / "records"
 GPU_MINUTES = 8.0
@@ -15,6 +15,7 @@ def speed(
     device: str | None = None,
     *,
     quick: bool = False,
+    other_forms: bool = False,
     record: bool = False,
     rehearse: bool = False,
     plan: bool = False,
@@ -27,7 +28,9 @@ def speed(
     Args:
         device: "cpu" or "cuda"; None is a GPU where there is one.
         quick: few rounds, and the cases of the bars alone.
-        record: keep the result as `records/speed-DEVICE.json` of this package.
+        other_forms: instead, R-LoRA's update in two other forms, where bars were missed on CPUs.
+        record: keep the result as `records/speed-DEVICE.json` of this package
+            (`speed-forms-DEVICE.json`).
         rehearse: every case in miniature on the CPU, within a minute. It measures nothing.
         plan: only print the cases, an estimate of each, and their sum.
         minutes: start no case that would end later; None is 8 on a GPU, and no end on a CPU.
@@ -46,18 +49,30 @@ def speed(
     from .bench import Speed
 
     if record and (quick or rehearse or out):
-        raise LabError("--record keeps a whole measurement: leave out --quick, --rehearse and --out")
+        raise LabError(
+            "--record keeps a whole measurement: leave out --quick, --rehearse and --out"
+        )
     if threads:
         torch.set_num_threads(threads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = forms(has_bf16()) if other_forms else cases(device, quick, bf16=has_bf16())
     if plan:
-        print(plan_table(cases(device, quick, bf16=has_bf16()), device))
+        print(plan_table(wanted, device))
         return None
     if minutes is None:
         minutes = GPU_MINUTES if device == "cuda" else float("inf")
+    kind = "speed-forms" if other_forms else "speed"
     if record:
-        out = RECORDS / f"speed-{device}.json"
-    measured = Speed(device, quick=quick, rehearse=rehearse, out=out, minutes=minutes)
+        out = RECORDS / f"{kind}-{device}.json"
+    measured = Speed(
+        device,
+        quick=quick,
+        kind=kind,
+        rehearse=rehearse,
+        out=out,
+        wanted=wanted,
+        minutes=minutes,
+    )
     result = measured.run()
     if find_spec("pandas"):  # a machine that is lent has it not always
         from .tables import tables

@@ -2,8 +2,8 @@
 
 | name | what differs from `rlora_min.rlora.rlora_update` |
 | --- | --- |
-| `rlora-apart` | nothing is stacked: five products in place of two, and no copy of the weights |
-| `rlora-folded` | the first product puts out what the second one takes, once for each head and for the side pair, so that nothing is joined in between |
+| `rlora-apart` | nothing is stacked: five products in place of two, no copy of the weights |
+| `rlora-folded` | the first product puts out all that the second takes, with the side pair's |
 
 Both are the same function, for a softmax router, random heads and dropout on the heads.
 """

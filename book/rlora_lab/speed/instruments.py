@@ -1,4 +1,4 @@
-"""What measures: a clock that need not wait, counts of work, memory and kernels, what a GPU says."""
+"""What measures: a clock that need not wait, counts of work and kernels, what a GPU says."""
 
 import itertools
 import subprocess

@@ -22,8 +22,8 @@ def tables(result: dict) -> str:
     return "\n\n".join(f"{title}\n{table.to_string()}" for title, table in parts.items())
 
 
-def _value(one: dict | None, other: dict | None, of: str, digits: int = 2) -> str:
-    """One over the other, with its interval where it has one."""
+def shown(one: dict | None, other: dict | None, of: str = "step", digits: int = 2) -> str:
+    """One over the other, with its interval where it has one; a dash where one is missing."""
     if one is None or other is None or (of in one and None in (one[of], other[of])):
         return "–"
     value, low, high = ratio(one, other, of)
@@ -41,16 +41,16 @@ def _methods_table(result: dict) -> pd.DataFrame:
         step, optimizer = times(record), times(record, "optimizer")
         rows = {
             "step, ms": f"{1000 * np.median(step):.1f}",
-            "step over base": _value(record, base, "step"),
-            "step over LoRA": _value(record, lora, "step"),
-            "forward over base": _value(record, base, "forward"),
-            "backward over base": _value(record, base, "backward"),
+            "step over base": shown(record, base, "step"),
+            "step over LoRA": shown(record, lora, "step"),
+            "forward over base": shown(record, base, "forward"),
+            "backward over base": shown(record, base, "backward"),
             "optimizer's share": f"{np.median(optimizer / step):.1%}",
             "kept, MiB": f"{record['kept_bytes'] / 2**20:.1f}",
             "  not parameters": f"{record['kept_own_bytes'] / 2**20:.1f}",
-            "FLOPs over base": _value(record, base, "flops", 3),
-            "bytes over base": _value(record, base, "bytes", 3),
-            "floor over base": _value(record, base, "floor_s", 3),
+            "FLOPs over base": shown(record, base, "flops", 3),
+            "bytes over base": shown(record, base, "bytes", 3),
+            "floor over base": shown(record, base, "floor_s", 3),
             "trainable": f"{record['trainable']:,}",
         }
         if record["peak_bytes"] is not None:
@@ -72,10 +72,10 @@ def _studies_table(result: dict) -> pd.DataFrame:
         of = "token" if case.generate else "step"
         rows[case.words(first) or "(first)"] = {
             "steps": case.rounds,
-            "over base": _value(record, base, of),
-            "over LoRA": _value(record, lora, of),
-            "floor over base": _value(record, base, "floor_s"),
-            "LoRA's": _value(lora, base, "floor_s"),
+            "over base": shown(record, base, of),
+            "over LoRA": shown(record, lora, of),
+            "floor over base": shown(record, base, "floor_s"),
+            "LoRA's": shown(lora, base, "floor_s"),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
