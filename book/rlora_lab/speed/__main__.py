@@ -1,4 +1,4 @@
-"""`python -m rlora_lab.speed`: the command `speed` where there is torch, peft and transformers alone.
+"""`python -m rlora_lab.speed`: the command where there is torch, peft and transformers alone.
 
 A machine that is lent for minutes has no more than that; `python -m rlora_lab speed` is the same.
 """

@@ -135,7 +135,7 @@ def claims(result: dict, **case) -> list[dict]:
 
 
 def memory(record: dict) -> int:
-    """Bytes in use at the peak of a step on a GPU; on a CPU what autograd keeps, with parameters."""
+    """Bytes in use at a step's peak on a GPU; on a CPU what autograd keeps, with parameters."""
     if record.get("peak_bytes") is not None:
         return record["peak_bytes"] + record["model_bytes"]
     return record["kept_bytes"]

@@ -165,7 +165,7 @@ def forms(bf16: bool) -> Cases:
     return runs | ({vary(dtype="bf16"): FORMS} if bf16 else {})
 
 
-# Rough, of an H100 and of a CPU's two cores: operations a second by dtype, and seconds to start one.
+# Rough, of an H100 and of two cores: operations a second by dtype, and seconds to start one.
 _RATES = {
     "cuda": ({"bf16": 3e14, "nf4": 2e14, "fp32": 4e13}, 1e-5),
     "cpu": ({"bf16": 1.5e11, "fp32": 1.2e11}, 2e-5),
