@@ -1,4 +1,4 @@
-"""The language suite on a machine with a GPU and no network: what travels, and a short rehearsal."""
+"""The language suite on a machine with a GPU and no network: what travels, and a rehearsal."""
 
 import json
 import sys
