@@ -7,7 +7,7 @@
 so that they may travel one by one: the two halves of SmolLM2's file of 4 bits (98 MB), the tasks,
 and wheels of what torch, peft and transformers don't bring (gguf, pydantic, rich, typer).
 
-`run` is for the machine with the GPU, in a checkout of this project that both folders were put into.
+`run` is for the machine with the GPU, in a checkout of this project with both folders in it.
 It makes the weights dense in `.gpu/cache`, does what is missing of `rlora_lab/plans/gpu.toml`,
 and adds each run that ends to the records of this package: another call goes on from there.
 """
