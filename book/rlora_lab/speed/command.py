@@ -60,7 +60,7 @@ def speed(
         print(plan_table(wanted, device))
         return None
     if minutes is None:
-        minutes = GPU_MINUTES if device == "cuda" else float("inf")
+        minutes = GPU_MINUTES if device == "cuda" and not rehearse else float("inf")
     kind = "speed-forms" if other_forms else "speed"
     if record:
         out = RECORDS / f"{kind}-{device}.json"

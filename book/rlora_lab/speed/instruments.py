@@ -125,7 +125,7 @@ def profile_work(work: Callable[[], object], device: str) -> dict:
         entry = kernels.setdefault(event.name[:120], [0, 0.0])
         entry[0] += 1
         entry[1] += microseconds / 1e6
-    if not cuda:
+    if not launches:  # on a CPU, and where calls are not in the profile
         launches = sum(times for times, _ in kernels.values())
     longest = sorted(kernels.items(), key=lambda item: -item[1][1])
     return {
@@ -138,11 +138,11 @@ def ask_gpu(*names: str) -> dict[str, str]:
     """What `nvidia-smi` says of the GPU in use: `{name: value}`; nothing where it is not there."""
     if not torch.cuda.is_available():
         return {}
-    which = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
-    command = ["nvidia-smi", which, f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     try:
+        command.append(f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}")
         said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, AttributeError, subprocess.SubprocessError):
         return {}
     values = said.stdout.strip().splitlines()[0].split(", ")
     return dict(zip(names, values, strict=True))

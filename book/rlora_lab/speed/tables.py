@@ -5,10 +5,13 @@ import pandas as pd
 
 from .bars import beside, claims, find, ratio, time_by_kind, times
 from .cases import Case
+from .forms import FORMS
 
 
 def tables(result: dict) -> str:
     """A complete run on the screen: the methods side by side, all cases, and the bars."""
+    if result["records"][0]["study"] == "forms":
+        return f"Other forms over the packed one\n{forms_table(result).to_string()}"
     parts = {
         f"First case: {Case.of(result['records'][0]).words()}": _methods_table(result),
         "R-LoRA in every case. The floor: what arithmetic and bytes allow at this machine's roof": (
@@ -99,6 +102,24 @@ def _bars_table(result: dict) -> pd.DataFrame:
         rows.append((what, bar["against"], bar["limit"], value, verdict))
     columns = ["what", "over", "at most", "is", "verdict"]
     return pd.DataFrame(rows, columns=columns).set_index("what")
+
+
+def forms_table(result: dict) -> pd.DataFrame:
+    """R-LoRA in other forms over the packed one, and that over LoRA and the base, by case."""
+    first = Case.of(result["records"][0])
+    rows = {}
+    for record in result["records"]:
+        if record["method"] != "rlora" or record["skipped"]:
+            continue
+        case = Case.of(record)
+        of = "token" if case.generate else "step"
+        row = {}
+        for form in FORMS:
+            row[form.removeprefix("rlora-")] = shown(beside(result, record, form), record, of)
+        for method in ("lora", "base"):
+            row[f"packed over {method}"] = shown(record, beside(result, record, method), of)
+        rows[case.words(first) or "(first)"] = row
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def claims_table(result: dict, **case) -> pd.DataFrame:
