@@ -21,8 +21,9 @@ def find(result: dict, method: str, **case) -> dict | None:
     """The first record of a method whose case is like this, such as `study="bars"` or
     `num_heads=32`, if it was measured."""
     wanted = {"method": method, "skipped": None, **case}
+    usual = asdict(Case())  # what older records do not say
     for record in result["records"]:
-        if all(record[key] == value for key, value in wanted.items()):
+        if all(record.get(key, usual.get(key)) == value for key, value in wanted.items()):
             return record
     return None
 

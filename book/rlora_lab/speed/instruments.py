@@ -1,6 +1,7 @@
 """What measures: a clock that need not wait, counts of work and kernels, what a GPU says."""
 
 import itertools
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -107,6 +108,7 @@ def profile_work(work: Callable[[], object], device: str) -> dict:
         `launches`, how often it was handed something (on a CPU: PyTorch's operations), and
         `kernels`, [name, how often, seconds] of all that ran, the longest first.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr that it begins and ends
     cuda = device == "cuda"
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as seen:
