@@ -379,6 +379,7 @@ def test_methods_take_turns_in_an_order_of_their_own_each_round(tiny, monkeypatc
 
     monkeypatch.setattr(bench.Runner, "turn", turn)
     monkeypatch.setattr(bench.Runner, "count", lambda self, roof: None)
+    monkeypatch.setattr(bench.Runner, "look", lambda self: None)
     bench.run_case(FIRST, ALL, "cpu", ROOF)
     rounds = np.array(turns[bench.WARM_UP * len(ALL) :]).reshape(FIRST.rounds, len(ALL))
     assert all(sorted(order) == sorted(ALL) for order in rounds)
