@@ -539,7 +539,7 @@ def test_a_rehearsal_where_there_is_torch_peft_and_transformers_alone(tmp_path: 
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'book'}"}
     lacks = "import importlib.util as u; print([n for n in {} if u.find_spec(n)])"
-    names = ["pandas", "scipy", "pydantic", "datasets", "matplotlib", "statsmodels", "optuna"]
+    names = ["pandas", "scipy", "datasets", "matplotlib", "statsmodels", "optuna"]
 
     def run(*arguments: str) -> str:
         done = subprocess.run(
