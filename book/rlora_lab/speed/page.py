@@ -1,5 +1,7 @@
 """What chapter 09 shows of a GPU's record, and what it says where there is none."""
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -27,14 +29,14 @@ def say_gpu(result: dict | None) -> None:
     first = {method: find(result, method, study="bars") for method in ALL}
     first = {method: entry for method, entry in first.items() if entry}
     case = Case.of(first["base"])
-    print(f"\n{case.words()}; {case.rounds} rounds")
-    print(f"{'':20} {'ms':>6}  {'over base':17} {'over LoRA':17} memory  launches")
+    print("\n" + textwrap.fill(f"{case.words()}; {case.rounds} rounds", 78))
+    print(f"{'':16} {'ms':>6}  {'over base':16} {'over LoRA':16}  GiB launches")
     for method, entry in first.items():
         memory = (entry["peak_bytes"] or 0) / 2**30
         print(
-            f"{NAMES[method]:20} {1000 * np.median(times(entry)):6.1f}  "
-            f"{shown(entry, first['base']):17} {shown(entry, first.get('lora')):17} "
-            f"{memory:4.1f} GiB {entry['launches'] or 0:7,}"
+            f"{NAMES[method]:16} {1000 * np.median(times(entry)):6.1f}  "
+            f"{shown(entry, first['base']):16} {shown(entry, first.get('lora')):16} "
+            f"{memory:4.1f} {entry['launches'] or 0:8,}"
         )
     print("\nR-LoRA in other cases, over LoRA of equal size")
     for entry in result["records"]:
