@@ -280,6 +280,8 @@ def run_case(
             runners.append(runner)
         runner = None  # and so is its memory
     order = random.Random(0)
+    gc.collect()
+    gc.freeze()  # what stands now need not be looked at in each round
     for _ in range(case.rounds):
         gc.collect()
         gc.disable()
@@ -288,6 +290,7 @@ def run_case(
                 runner.record["seconds"].setdefault(phase, []).append(round(seconds, 7))
         gc.enable()
         on_round()
+    gc.unfreeze()
     looked_at = device == "cuda" or case.shape == "tiny"  # on a CPU, in a rehearsal alone
     for runner in runners if looked_at else ():
         try:

@@ -154,13 +154,13 @@ def _on_gpu(quick: bool) -> Cases:
 
 def forms(bf16: bool) -> Cases:
     """R-LoRA in other forms of the same function, where a bar was missed on CPUs."""
-    first = Case(study="forms", rounds=30)
+    first = Case(study="forms", layers=1, rounds=16)
     vary = partial(replace, first)
     runs = {
         first: FORMS,
         vary(num_heads=32): FORMS,
-        vary(generate=16): FORMS,
-        vary(generate=16, batch=1): FORMS,
+        vary(generate=8): FORMS,
+        vary(generate=8, batch=1): FORMS,
     }
     return runs | ({vary(dtype="bf16"): FORMS} if bf16 else {})
 
@@ -204,7 +204,7 @@ def estimate(case: Case, methods: tuple[str, ...], device: str) -> float:
 def rehearsal(wanted: Cases) -> Cases:
     """Every case in miniature, for a CPU: a tiny model, few tokens and rounds, the settings as they
     are. To compile takes seconds at any size: R-LoRA alone does."""
-    small = {"shape": "tiny", "layers": 1, "rounds": 6, "tokens": 8}
+    small = {"shape": "tiny", "layers": 1, "rounds": 2, "tokens": 8}
     runs: Cases = {}
     for case, methods in wanted.items():
         mini = replace(case, **small, batch=min(case.batch, 2), generate=min(case.generate, 2))
