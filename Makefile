@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.rlora-installed
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --dist loadscope -n 2
 
-.PHONY: help book test browser serve execute address bench evidence evidence-quick
+.PHONY: help book test browser serve execute address bench gpu-record evidence evidence-quick
 .PHONY: test-oldest test-newest test-colab test-integrations linkcheck pictures reading smollm2
 .PHONY: clean
 
@@ -98,6 +98,13 @@ execute: $(STAMP) ## 11 minutes | none | runs stale chapters; all, with ARGS=--f
 # and started again. Two minutes: make bench ARGS=--quick
 bench: $(STAMP) ## 15 minutes | none | measures a step; two minutes with ARGS=--quick
 	$(BIN)/python -m rlora_lab speed $(ARGS)
+
+# On a machine with a GPU that has torch, peft and transformers: no .venv is made, and no network is
+# asked. Rehearse first, where there is none: make gpu-record ARGS=--rehearse
+gpu-record: export PYTHONPATH = $(CURDIR):$(CURDIR)/book
+gpu-record: export HF_HUB_OFFLINE = 1
+gpu-record: ## 8 minutes | none | records what a step costs on a GPU, in the Python that PYTHON= names
+	$(PYTHON) -m rlora_lab.speed --device cuda $(or $(ARGS),--record)
 
 # Runs what is missing of the plan, hours of it, and can be stopped and started again; then the
 # tables and pictures. A part: make evidence ARGS="--only synthetic --minutes 90"

@@ -287,6 +287,25 @@ def speed(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda", show_default="a GPU where there is one")
     ] = None,
+    other_forms: Annotated[
+        bool,
+        typer.Option("--other-forms", help="R-LoRA in two other forms, where bars were missed"),
+    ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="keep it as records/speed-DEVICE.json of this package")
+    ] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="every case in miniature, on the CPU in a minute")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="only say the cases, with an estimate of each")
+    ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="start no case that would end later", show_default="8 on a GPU, else no end"
+        ),
+    ] = None,
     threads: Threads = None,
     out: Annotated[
         Path | None,
@@ -299,18 +318,22 @@ def speed(
     Times are good for comparison only while the machine has nothing else to do.
 
 
-    A run that was stopped goes on with the case that it stopped in when it is started again.
+    A run that was stopped goes on with the case that it stopped in when it is started again. Where
+    there is torch, peft and transformers alone, `python -m rlora_lab.speed` is the same command.
     """
-    from .speed.bars import tables
-    from .speed.bench import Speed
+    from .speed.command import speed as measure
 
-    _set_threads(threads)
-    measured = Speed(device, quick=quick, out=out)
-    result = measured.run(Console())
-    print(tables(result), end="\n\n")
-    if quick:
-        print("A quick look, from few steps: leave --quick out for a measurement.")
-    print(f"{result['machine']}, {result['date']}; kept in {measured.out}")
+    measure(
+        device,
+        quick=quick,
+        other_forms=other_forms,
+        record=record,
+        rehearse=rehearse,
+        plan=plan,
+        minutes=minutes,
+        threads=threads,
+        out=out,
+    )
 
 
 @app.command(name="train-base")

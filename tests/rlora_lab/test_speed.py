@@ -1,6 +1,8 @@
 """The command `speed`: its counts, its ratios and bars, its record. No test looks at a time."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
@@ -8,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from environments import create
+from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
@@ -16,13 +19,34 @@ from rlora_lab.__main__ import app
 from rlora_lab.errors import LabError
 from rlora_lab.models.methods import equal_lora_rank
 from rlora_lab.models.published_loops import PublishedRLora
-from rlora_lab.speed import bench
-from rlora_lab.speed.bars import BARS, find, ratio, tables, verdicts
+from rlora_lab.speed import bench, command
+from rlora_lab.speed.bars import (
+    BARS,
+    claims,
+    find,
+    median_interval,
+    ratio,
+    time_by_kind,
+    verdicts,
+)
 from rlora_lab.speed.bench import Speed
-from rlora_lab.speed.cases import ALL, PAIR, SHAPES, Case, cases
-from rlora_lab.speed.instruments import Work, kept_bytes
+from rlora_lab.speed.cases import (
+    ALL,
+    FORMS,
+    PAIR,
+    SHAPES,
+    Case,
+    cases,
+    estimate,
+    forms,
+    plan_table,
+    rehearsal,
+)
+from rlora_lab.speed.instruments import Work, kept_bytes, profile_work
+from rlora_lab.speed.tables import tables
 
-QUIET = Console(quiet=True)
+ROOT = Path(__file__).parents[2]
+QUIET = {"say": lambda text: None, "show": False}
 TINY = {"hidden": 16, "mlp": 40, "heads": 2, "kv_heads": 1, "layers": 2}
 FIRST = Case(shape="tiny", batch=2, tokens=5, rounds=6, layers=1)
 ROOF = {"flops_per_s": 1e9, "bytes_per_s": 1e9}
@@ -32,6 +56,7 @@ ROOF = {"flops_per_s": 1e9, "bytes_per_s": 1e9}
 def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[Case, tuple[str, ...]]:
     """Cases of a tiny shape, one for each bar but that of torch.compile."""
     monkeypatch.setitem(SHAPES, "tiny", TINY)
+    monkeypatch.setattr(bench, "measure_roof", lambda *how: ROOF)
     return {
         FIRST: ALL,
         replace(FIRST, study="heads", num_heads=32, rounds=2): PAIR,
@@ -140,6 +165,52 @@ def test_a_ratio_is_the_median_within_rounds_with_its_interval():
     assert ratio(*counts, "kept_bytes") == (0.75, 0.75, 0.75)
 
 
+@pytest.mark.parametrize("n", [6, 9, 12, 20, 24, 40])
+def test_the_interval_of_a_median_is_scipys(n):
+    values = np.random.default_rng(n).normal(size=n)
+    theirs = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
+    assert median_interval(values) == (theirs.low, theirs.high)
+
+
+def test_the_papers_claim_has_a_verdict():
+    cpu = {"kept_bytes": 100, "peak_bytes": None}
+    gpu = {"kept_bytes": 0, "model_bytes": 50}
+    rounds = np.ones(20)
+
+    def said(step: float, one: dict, other: dict) -> list[str]:
+        loops = [
+            record("published-rlora", step=step * rounds, **one),
+            record("published-hydralora", step=rounds, **other),
+        ]
+        return [row["verdict"] for row in claims({"records": loops})]
+
+    most, some, none = "saves at least what", "saves, within what", "no saving"
+    for step, one, other, verdict in (
+        (0.92, cpu | {"kept_bytes": 80}, cpu, (most, most)),
+        (0.95, cpu | {"kept_bytes": 81}, cpu, (some, some)),
+        (1.0, cpu, cpu, (none, none)),
+        # on a GPU what the model takes counts: 110 of 150, and 75 of 100 would be 0.75
+        (0.9, gpu | {"peak_bytes": 60}, gpu | {"peak_bytes": 100}, (most, most)),
+        (0.9, gpu | {"peak_bytes": 75}, gpu | {"peak_bytes": 100}, (most, some)),
+    ):
+        found = said(step, one, other)
+        assert all(map(str.startswith, found, verdict)), (step, found)
+    assert {row["verdict"] for row in claims({"records": []})} == {"not measured"}
+
+
+def test_kernels_are_counted_by_what_they_do():
+    kernels = [
+        ["nvjet_tst_128x64", 3, 3e-3],
+        ["void at::native::vectorized_elementwise_kernel<4>", 5, 2e-3],
+        ["void at::native::(anonymous)::CatArrayBatchedCopy", 2, 1e-3],
+        ["Memcpy DtoD", 1, 1e-3],
+        ["something new", 1, 5e-4],
+    ]
+    kinds = {"products": (3, 3e-3), "stacking": (2, 1e-3), "copies and casts": (1, 1e-3)}
+    kinds |= {"elementwise": (5, 2e-3), "other": (1, 5e-4)}
+    assert time_by_kind({"kernels": kernels}) == kinds
+
+
 def test_verdicts_say_what_holds_and_how_clearly():
     rounds = np.ones(20)
     spread = np.linspace(-0.04, 0.04, 20)
@@ -182,19 +253,99 @@ def test_the_recorded_bars_follow_from_the_recorded_runs():
 def test_the_cases_measure_every_bar(device, quick):
     wanted = cases(device, quick)
     first = next(iter(wanted))
+    assert len(set(wanted)) == len(wanted)
     for of, against, _, case in BARS:
         fits = next(c for c in wanted if case.items() <= asdict(c).items())
         assert {"rlora", against} <= set(wanted[fits])
         assert (of == "token") == bool(fits.generate)
         assert quick or fits.rounds >= 20
         varied = {k for k, v in asdict(fits).items() if v != asdict(first)[k]}
-        assert case.keys() & {"dtype"} or varied <= {"study", "rounds", "layers", "generate", *case}
+        size = {"study", "rounds", "layers", "generate", *case}
+        if device == "cuda" and fits.generate:  # answers to a short prompt
+            size |= {"batch", "tokens"}
+        assert case.keys() & {"dtype"} or varied <= size
     assert (first.r, first.num_heads, first.lora_dropout) == (4, 5, 0.1)
     shape = (4, 128, "fp32", 2) if device == "cpu" else (6, 512, "bf16", 24)
     assert (first.batch, first.tokens, first.dtype, first.layers) == shape
 
 
+def test_a_gpu_is_asked_all_that_the_page_promises():
+    wanted = cases("cuda", quick=False)
+    whole = [case for case in wanted if case.layers == SHAPES[case.shape]["layers"]]
+    assert len(whole) == len(wanted) - 2  # those that are compiled
+    for name, values in {
+        "num_heads": {1, 2, 5, 8, 16, 32},
+        "r": {1, 4, 16, 64},
+        "lora_dropout": {0.0, 0.1},
+        "checkpointing": {False, True},
+        "mode": {"default", "reduce-overhead"},
+        "dtype": {"bf16", "fp32", "nf4"},
+        "shape": {"Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B"},
+    }.items():
+        assert {getattr(case, name) for case in wanted} == values, name
+    tokens = {case.batch * case.tokens for case in wanted if not case.generate}
+    assert {128, 16384} <= tokens and min(tokens) == 128 and max(tokens) == 16384
+    answers = {case.batch: set(methods) for case, methods in wanted.items() if case.generate}
+    assert answers == dict.fromkeys((1, 32), {"base", "lora", "rlora", "exported"})
+
+
+def test_a_record_fits_into_eight_minutes():
+    wanted = cases("cuda", quick=False)
+    seconds = [estimate(case, methods, "cuda") for case, methods in wanted.items()]
+    assert sum(seconds) + bench.SLACK < 60 * command.GPU_MINUTES == 480
+    table = plan_table(wanted, "cuda")
+    assert f"{sum(seconds):.0f} s  in all" in table
+    assert all(
+        f"{s:.0f} s  {case.study}:" in table for s, case in zip(seconds, wanted, strict=True)
+    )
+
+
+def test_a_cpu_with_units_for_bf16_gets_the_whole_case():
+    first = next(iter(cases("cpu", quick=True)))
+    for bf16, size in ((True, (2, 4, 128)), (False, (1, 1, 32))):
+        case = next(c for c in cases("cpu", quick=True, bf16=bf16) if c.dtype == "bf16")
+        assert (case.layers, case.batch, case.tokens) == size
+    assert (first.layers, first.batch, first.tokens) == (2, 4, 128)
+    assert {c.dtype for c in forms(bf16=True)} - {c.dtype for c in forms(bf16=False)} == {"bf16"}
+
+
 # Measuring
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("form", sorted(set(FORMS) - set(PAIR)))
+def test_other_forms_are_the_same_function(form, p, tiny):
+    case = replace(FIRST, lora_dropout=p)
+    base = bench.make_base(case, "cpu")
+    models = [bench.make_model(method, base, case) for method in ("rlora", form)]
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    results = []
+    for model in models:
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        torch.manual_seed(2)
+        out = model(inputs_embeds=x, use_cache=False).last_hidden_state
+        (grad,) = torch.autograd.grad(out.square().sum(), x)
+        results.append((out, grad))
+    for one, other in zip(*results, strict=True):
+        if p == 0 or form == "rlora-apart":  # which draws the same masks
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    layer = next(m for m in models[1].modules() if hasattr(m, "rlora_A"))
+    with torch.no_grad():
+        layer.rlora_A0["default"].weight.mul_(2)
+        changed = models[1].eval()(inputs_embeds=x, use_cache=False).last_hidden_state
+        same = models[0].eval()(inputs_embeds=x, use_cache=False).last_hidden_state
+    assert (changed - same).abs().max() > 1e-3
+
+
+def test_a_profile_counts_what_was_started():
+    a = torch.randn(8, 8)
+    seen = profile_work(lambda: [a @ a for _ in range(3)], "cpu")
+    kernels = {name: times for name, times, _ in seen["kernels"]}
+    assert kernels["aten::mm"] == 3 and seen["launches"] == sum(kernels.values())
+    assert all(seconds >= 0 for *_, seconds in seen["kernels"])
 
 
 def test_each_phase_of_a_step_has_its_own_time(tiny, monkeypatch):
@@ -228,6 +379,7 @@ def test_methods_take_turns_in_an_order_of_their_own_each_round(tiny, monkeypatc
 
     monkeypatch.setattr(bench.Runner, "turn", turn)
     monkeypatch.setattr(bench.Runner, "count", lambda self, roof: None)
+    monkeypatch.setattr(bench.Runner, "look", lambda self: None)
     bench.run_case(FIRST, ALL, "cpu", ROOF)
     rounds = np.array(turns[bench.WARM_UP * len(ALL) :]).reshape(FIRST.rounds, len(ALL))
     assert all(sorted(order) == sorted(ALL) for order in rounds)
@@ -253,14 +405,15 @@ def test_a_method_that_finds_no_memory_is_skipped_and_the_others_go_on(tiny, mon
 
 
 def test_end_to_end(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench, "cases", lambda device, quick: tiny)
+    monkeypatch.setattr(command, "cases", lambda device, quick, bf16: tiny)
     out = tmp_path / "deep" / "speed.json"
     arguments = ["speed", "--quick", "--device", "cpu", "--out", str(out)]
     run = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert run.exit_code == 0
     result = json.loads(out.read_text())
     assert result["command"] == "python -m rlora_lab speed --device cpu --quick"
-    assert result["complete"] and result["config"] == {"device": "cpu", "quick": True}
+    assert result["complete"] and result["gpu"] is None
+    assert result["config"] == {"device": "cpu", "quick": True, "rehearsal": False}
     assert {"date", "machine", "threads", "versions"} <= set(result)
     assert set(result["roof"]) == {"fp32", "bf16"}
     assert str(tmp_path) not in out.read_text()
@@ -278,6 +431,9 @@ def test_end_to_end(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert (r["kept_bytes"] is not None) == (r["kept_own_bytes"] is not None) == plain
         assert r["peak_bytes"] is None and r["skipped"] is None
         assert (r["rank"] is not None) == (r["method"] == "lora")
+        assert r["launches"] > 0 and r["clock"] is None
+        assert (r["kernels"] is not None) == (r["study"] == "bars")
+        assert r["model_bytes"] > 0 and r["mode"] == "default"
     first = {r["method"]: r for r in result["records"] if r["study"] == "bars"}
     sizes = {method: r["trainable"] for method, r in first.items()}
     size = 2 * (4 * 16 + 20 * 40 + 5 * 16) + (4 * 40 + 20 * 16 + 5 * 40)
@@ -303,10 +459,10 @@ def test_a_stopped_run_goes_on_with_the_next_case(tiny, tmp_path: Path, monkeypa
     with monkeypatch.context() as broken:
         broken.setattr(bench, "run_case", stopped)
         with pytest.raises(KeyboardInterrupt):
-            Speed("cpu", out=out, wanted=wanted).run(QUIET)
+            Speed("cpu", out=out, wanted=wanted).run(**QUIET)
     first = json.loads(out.read_text())
     assert len(first["records"]) == len(PAIR) and not first["complete"]
-    second = Speed("cpu", out=out, wanted=wanted).run(QUIET)
+    second = Speed("cpu", out=out, wanted=wanted).run(**QUIET)
     assert second["records"][: len(PAIR)] == first["records"]
     assert len(second["records"]) == 2 * len(PAIR) and second["roof"] == first["roof"]
     assert json.loads(out.read_text()) == second
@@ -314,12 +470,114 @@ def test_a_stopped_run_goes_on_with_the_next_case(tiny, tmp_path: Path, monkeypa
 
 def test_without_a_compiler_the_compiled_case_is_left_out(tiny, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(bench.shutil, "which", lambda name: None)
-    console = Console(width=100)
+    said = []
     wanted = {FIRST: PAIR, replace(FIRST, compiled=True): PAIR}
-    with console.capture() as capture:
-        result = Speed("cpu", out=tmp_path / "a.json", wanted=wanted).run(console)
-    assert "no C++ compiler" in capture.get()
+    result = Speed("cpu", out=tmp_path / "a.json", wanted=wanted).run(said.append, show=False)
+    assert "no C++ compiler" in said[0]
     assert {r["compiled"] for r in result["records"]} == {False}
+
+
+def test_a_budget_ends_before_its_end(tiny, tmp_path: Path, monkeypatch):
+    """On a clock of its own, where each case takes twice what was expected."""
+    now = [0.0]
+
+    def run_case(case, *rest):
+        now[0] += 2 * estimate(case, PAIR, "cpu")
+        return [record("rlora", case)]
+
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bench, "run_case", run_case)
+    wanted = {case: PAIR for case in tiny}
+    each = estimate(FIRST, PAIR, "cpu")
+    minutes = (bench.SLACK + 5 * each) / 60  # for two cases, not for three
+    out = tmp_path / "a.json"
+    said = []
+    run = Speed("cpu", out=out, wanted=wanted, minutes=minutes)
+    result = run.run(said.append, show=False)
+    assert now[0] <= 60 * minutes
+    assert len(result["records"]) == 2 and not result["complete"]
+    assert f"{len(tiny) - 2} cases would end after" in said[-1]
+    result = Speed("cpu", out=out, wanted=wanted).run(**QUIET)
+    assert len(result["records"]) == len(tiny) and result["complete"]
+
+
+def test_on_a_gpu_what_fails_takes_nothing_down(tiny, monkeypatch):
+    count = bench.Runner.count
+
+    def broken(self, roof):
+        if self.record["method"] == "lora":
+            raise RuntimeError("no such kernel\nfor this GPU")
+        count(self, roof)
+
+    monkeypatch.setattr(bench.Runner, "count", broken)
+    with pytest.raises(RuntimeError):
+        bench.run_case(FIRST, PAIR, "cpu", ROOF)
+    monkeypatch.setattr(bench, "failures", lambda device: (Exception,))
+    records = {r["method"]: r for r in bench.run_case(FIRST, PAIR, "cpu", ROOF)}
+    assert records["lora"]["skipped"] == "RuntimeError: no such kernel for this GPU"
+    assert records["rlora"]["skipped"] is None
+
+
+# The rehearsal
+
+
+def test_a_rehearsal_has_every_case_once():
+    for device in ("cpu", "cuda"):
+        wanted = cases(device, quick=False)
+        mini = rehearsal(wanted)
+        assert [c.study for c in mini] == [c.study for c in wanted]
+        for case, methods, small in zip(wanted, wanted.values(), mini, strict=True):
+            same = ("r", "num_heads", "lora_dropout", "dtype", "checkpointing", "compiled", "mode")
+            assert all(getattr(case, n) == getattr(small, n) for n in same)
+            assert bool(case.generate) == bool(small.generate)
+            assert set(mini[small]) == (set(methods) if not case.compiled else {"rlora"})
+
+
+def test_a_rehearsal_where_there_is_torch_peft_and_transformers_alone(tmp_path: Path):
+    """The same code as on a GPU, in an environment like that of a machine lent for minutes."""
+    python = create(tmp_path / "bare", ["torch", "peft", "transformers"])
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'book'}"}
+    lacks = "import importlib.util as u; print([n for n in {} if u.find_spec(n)])"
+    names = ["pandas", "scipy", "datasets", "matplotlib", "statsmodels", "optuna"]
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [python, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert run("-c", lacks.format(names)).strip() == "[]"
+    speed = ["-m", "rlora_lab.speed", "--device", "cuda"]
+    assert "in all" in run(*speed, "--plan")
+    said = run(*speed, "--rehearse", "--out", "a.json")
+    assert "no measurement" in said
+    result = json.loads((tmp_path / "a.json").read_text())
+    wanted = rehearsal(cases("cuda", quick=False))
+    if "no bitsandbytes" in said:
+        wanted = {case: methods for case, methods in wanted.items() if case.dtype != "nf4"}
+    if "no C++ compiler" in said:
+        wanted = {case: methods for case, methods in wanted.items() if not case.compiled}
+    made = [(Case.of(r), r["method"]) for r in result["records"]]
+    assert made == [(case, method) for case, methods in wanted.items() for method in methods]
+    assert result["complete"] and result["config"]["rehearsal"]
+    for r in result["records"]:
+        assert r["skipped"] is None and r["launches"] > 0
+        assert isinstance(r["kernels"], list) == (r["study"] == "bars")
+    assert "rlora-min" not in result["versions"] and "torch" in result["versions"]
+    assert str(tmp_path) not in (tmp_path / "a.json").read_text()
+
+
+def test_what_a_recording_refuses(tmp_path: Path, monkeypatch, capsys):
+    for other in ({"quick": True}, {"rehearse": True}, {"out": tmp_path / "a.json"}):
+        with pytest.raises(LabError, match="--record keeps a whole measurement"):
+            command.speed("cpu", record=True, **other)
+    from rlora_lab.speed import __main__ as alone
+
+    monkeypatch.setattr(sys, "argv", ["speed", "--record", "--quick"])
+    assert alone.main() == 2
+    assert "leave out --quick" in capsys.readouterr().err
 
 
 def test_what_is_refused_loses_nothing(tiny, tmp_path: Path):
@@ -331,7 +589,7 @@ def test_what_is_refused_loses_nothing(tiny, tmp_path: Path):
     with pytest.raises(LabError, match="unknown method 'dora': allowed are base, lora"):
         bench.make_model("dora", bench.make_base(FIRST, "cpu"), FIRST)
     out = tmp_path / "speed.json"
-    Speed("cpu", out=out, wanted={replace(FIRST, rounds=2): PAIR}).run(QUIET)
+    Speed("cpu", out=out, wanted={replace(FIRST, rounds=2): PAIR}).run(**QUIET)
     text = out.read_text()
     with pytest.raises(LabError, match="another config"):
         Speed("cpu", quick=True, out=out)

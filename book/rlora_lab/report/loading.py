@@ -32,13 +32,19 @@ from ..runs.plan import LAB, PLAN, RECORDS, Block, load_plan, missing, read_all
 SCORES = ("validation", "test", "test_stopped")
 
 
-def load_result(name: str, *, say: bool = True) -> dict:
+def load_result(name: str, *, say: bool = True, optional: bool = False) -> dict | None:
     """A recorded result that is a file of its own, such as "speed-cpu".
 
-    Says (unless `say` is off) from which file, machine and date its numbers come.
+    Says (unless `say` is off) from which file, machine and date its numbers come. One that is
+    `optional` is None where there is no such file.
+
+    Raises:
+        LabError: there is no such file.
     """
     folder = LAB / "records"
     file = folder / f"{name}.json"
+    if optional and not file.is_file():
+        return None
     if not file.is_file():
         known = sorted(path.stem for path in folder.glob("*.json"))
         raise LabError(f"no recorded result {name!r}: there are {', '.join(known) or 'none'}")

@@ -38,13 +38,28 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import LabError
 from .choice import choice_of
 
 SCHEMA = 2
+
+
+# What numbers may depend on; the last is this project's own.
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "rlora-min")
+
+
+def _versions() -> dict[str, str]:
+    """Of those that are installed: a checkout on a path is none."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def environment() -> dict:
@@ -58,11 +73,7 @@ def environment() -> dict:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine,
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("torch", "transformers", "peft", "accelerate", "datasets")},
-            "rlora-min": version("rlora-min"),
-        },
+        "versions": {"python": platform.python_version(), **_versions()},
     }
 
 

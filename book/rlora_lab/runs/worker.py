@@ -23,7 +23,6 @@ from ..models.bases import load_base
 from ..models.methods import adapt, count_trainable
 from ..names import UNTRAINED
 from ..tasks.suite import Suite, load_suite
-from . import scarce, study
 from .plan import Block, Run, missing, read_all
 from .probes import by_metric, rounded, routing_entropy, row_strings, similarity, training_bytes
 from .record import add_record, environment
@@ -66,6 +65,7 @@ def compare(run: Run, suite: Suite, folder: Path | None) -> dict:
     block = run.block
     settings = block.settings.model_dump() | dict(run.tuned)
     model = adapt(run.method, load_base(block.base), suite, seed=run.seed, **settings).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     test = run.stage == "test"
     initial = None
     record = {}
@@ -129,12 +129,13 @@ def _is_looked_at(run: Run) -> bool:
     return run.block.suite == "language" and run.stage == "test"
 
 
-KINDS: dict[str, Callable[[Run, Suite, Path | None], dict]] = {
-    "compare": compare,
-    "skewed": scarce.skewed,
-    "alone": scarce.alone,
-    "study": study.measure,
-}
+def kind_of(block: Block) -> Callable[[Run, Suite, Path | None], dict]:
+    """What does one run of a block."""
+    if block.kind == "compare":
+        return compare
+    from . import scarce, study  # the chapters' code, with all that it needs
+
+    return {"skewed": scarce.skewed, "alone": scarce.alone, "study": study.measure}[block.kind]
 
 
 def do_run(run: Run, folder: Path | None = None) -> dict:
@@ -151,7 +152,7 @@ def do_run(run: Run, folder: Path | None = None) -> dict:
     }
     if run.tuned:
         head["tuned"] = dict(run.tuned)
-    return head | KINDS[run.block.kind](run, suite_of(run.block), folder)
+    return head | kind_of(run.block)(run, suite_of(run.block), folder)
 
 
 def _start_worker() -> None:

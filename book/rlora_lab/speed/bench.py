@@ -10,7 +10,8 @@ projections.
 A result, one JSON file a run:
 
     command, date, machine, threads, versions, complete
-    config      device, quick
+    config      device, quick, rehearsal (in miniature, which measures nothing)
+    gpu         what nvidia-smi says of it: name, driver, memory, power, clocks; null on a CPU
     roof        {dtype: {"flops_per_s", "bytes_per_s"}}: the best of a large product and a copy
     records     one for each case and method: study, shape, layers, batch, tokens, dtype, r,
                 num_heads, lora_dropout, checkpointing, compiled, rounds, generate (the case; see
@@ -19,8 +20,11 @@ A result, one JSON file a run:
                 rounds that the methods of a case share), kept_bytes (by autograd for the backward),
                 kept_own_bytes (of these, not parameters; both null if checkpointing or compiled),
                 flops and bytes (of a forward and backward: see `Work`), floor_s (what the roof
-                allows for these), peak_bytes (CUDA: most memory in use in a step, above what
-                stands before it)
+                allows for these), model_bytes (parameters, gradients, the optimizer's state),
+                peak_bytes (CUDA: most memory in use in a step, above what stands before it),
+                launches (how often a step or a round of tokens hands work to the GPU), kernels (of
+                the first case: [name, times, seconds], the longest first), clock (the GPU's, right
+                after its rounds); these three are null on a CPU
     bars        one for each bar: see `rlora_lab.speed.bars.verdicts`
 """
 
@@ -30,34 +34,40 @@ import json
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
 from rlora_min import RLoraConfig, export_lora
 
 from ..errors import LabError
+from ..models.answers import has_bf16
 from ..models.bases import TARGETS
 from ..models.methods import rlora_size
-from ..models.published_loops import PublishedHydraLora, PublishedRLora, publish
+from ..models.published_loops import publish
 from ..runs.record import environment, write_result
 from .bars import verdicts
-from .cases import ALL, SHAPES, Case, cases
-from .instruments import Clock, Work, kept_bytes, measure_roof
+from .cases import ALL, SHAPES, Case, Cases, cases, estimate, rehearsal
+from .counts import PUBLISHED
+from .forms import FORMS, use_form
+from .instruments import Clock, Work, ask_gpu, kept_bytes, measure_roof, profile_work
 
 MLP = TARGETS["gate_proj"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PUBLISHED = {"published-rlora": PublishedRLora, "published-hydralora": PublishedHydraLora}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
 WARM_UP = 2  # rounds that are not counted
+SLACK = 20  # seconds of a budget that go by before the first case and after the last
+GPU = ("name", "driver_version", "memory.total", "power.limit")
+CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
 
 
 def make_base(case: Case, device: str) -> Qwen2Model:
@@ -73,9 +83,29 @@ def make_base(case: Case, device: str) -> Qwen2Model:
     )
     with torch.device(device):
         base = Qwen2Model(config).requires_grad_(False).to(DTYPES[case.dtype])
+    if case.dtype == "nf4":
+        in_4_bits(base)
     if case.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return base.train()
+
+
+def in_4_bits(base: Qwen2Model) -> None:
+    """Put its linear layers in 4 bits (nf4), in place; it needs bitsandbytes."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for path, linear in list(base.named_modules()):
+        if type(linear) is nn.Linear:
+            parent, _, name = path.rpartition(".")
+            how = {"compute_dtype": torch.bfloat16, "quant_type": "nf4"}
+            bias = linear.bias is not None
+            made = Linear4bit(linear.in_features, linear.out_features, bias, **how, device="cpu")
+            weight = linear.weight.data.cpu()
+            made.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
+            if bias:
+                made.bias = linear.bias
+            setattr(base.get_submodule(parent), name, made.to(base.device))  # which quantizes
+    base.is_loaded_in_4bit = True  # PEFT asks
 
 
 def equal_rank(case: Case) -> int:
@@ -94,9 +124,11 @@ def make_model(method: str, base: Qwen2Model, case: Case) -> nn.Module:
     if method == "lora":
         config = LoraConfig(r=equal_rank(case), use_rslora=True, **settings)
         model = get_peft_model(model, config)
-    elif method == "rlora":
+    elif method == "rlora" or method in FORMS:
         config = RLoraConfig(r=case.r, num_heads=case.num_heads, init_seed=0, **settings)
         model = get_peft_model(model, config)
+        if method in FORMS:
+            use_form(model, FORMS[method])
     elif method == "exported":
         with tempfile.TemporaryDirectory() as folder:
             export_lora(make_model("rlora", base, replace(case, compiled=False)), folder)
@@ -106,8 +138,9 @@ def make_model(method: str, base: Qwen2Model, case: Case) -> nn.Module:
         with torch.device(base.device):
             publish(model, PUBLISHED[method], MLP, dropout=case.lora_dropout, **sizes)
     elif method != "base":
-        raise LabError(f"unknown method {method!r}: allowed are {', '.join([*ALL, 'exported'])}")
-    return torch.compile(model) if case.compiled else model
+        known = ", ".join([*ALL, "exported", *FORMS])
+        raise LabError(f"unknown method {method!r}: allowed are {known}")
+    return torch.compile(model, mode=case.mode) if case.compiled else model
 
 
 class Runner:
@@ -124,16 +157,20 @@ class Runner:
         x = torch.randn(size, generator=generator)
         self.x = x.to(device, DTYPES[case.dtype]).requires_grad_(not case.generate)
         self.autocast = nullcontext
-        if case.dtype == "bf16":
+        if case.dtype != "fp32":
             self.autocast = partial(torch.autocast, device, torch.bfloat16)
+        size = sum(p.numel() for p in trained)
+        held = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
         self.record = asdict(case) | {
             "method": method,
-            "trainable": sum(p.numel() for p in trained),
+            "trainable": size,
+            "model_bytes": held + 3 * 4 * size,  # a gradient, and AdamW's two numbers
             "rank": equal_rank(case) if method == "lora" else None,
             "skipped": None,
             "seconds": {},
             **dict.fromkeys(("kept_bytes", "kept_own_bytes")),
             **dict.fromkeys(("flops", "bytes", "floor_s", "peak_bytes")),
+            **dict.fromkeys(("launches", "kernels", "clock")),
         }
 
     def loss(self) -> Tensor:
@@ -145,6 +182,8 @@ class Runner:
         """One training step, in seconds."""
         clock = Clock(self.device)
         self.x.grad = None
+        if self.case.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         clock.mark()
         loss = self.loss()
         clock.mark()
@@ -182,7 +221,7 @@ class Runner:
             torch.cuda.reset_peak_memory_stats()
             self.turn()
             self.record["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-        if case.compiled or case.generate:
+        if case.compiled or case.generate or case.dtype == "nf4":
             return
         with Work() as work:
             self.loss().backward()
@@ -192,6 +231,26 @@ class Runner:
             self.record |= {"kept_bytes": kept, "kept_own_bytes": own}
         self.model.zero_grad()
 
+    def look(self) -> None:
+        """What a step hands to the device, once the rounds are done."""
+        seen = profile_work(self.turn, self.device)
+        self.record["launches"] = seen["launches"]
+        if self.case.study == "bars":
+            self.record["kernels"] = seen["kernels"]
+        self.record["clock"] = ask_gpu("clocks.sm").get("clocks.sm")
+
+
+def failures(device: str) -> tuple[type[Exception], ...]:
+    """What a method may fail of without ending the run."""
+    return (Exception,) if device == "cuda" else (torch.cuda.OutOfMemoryError,)
+
+
+def why(error: Exception) -> str:
+    """In a few words for a record."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
 
 def run_case(
     case: Case,
@@ -200,21 +259,29 @@ def run_case(
     roof: dict[str, float],
     on_round: Callable[[], None] = lambda: None,
 ) -> list[dict]:
-    """Measure methods in turn; their records. One that finds no memory is skipped, and says so."""
+    """Measure methods in turn; their records.
+
+    One that finds no memory, or fails on a GPU, is skipped, and its record says so: minutes on a
+    GPU are too dear for the others to go down with it.
+    """
     torch.manual_seed(0)
-    base, runners, skipped = make_base(case, device), [], []
+    runners, skipped = [], []
+    base = None
     for method in methods:
-        runner = Runner(method, base, case, device)
         try:
+            base = base or make_base(case, device)
+            runner = Runner(method, base, case, device)
             runner.count(roof)
             for _ in range(WARM_UP):
                 runner.turn()
-        except torch.cuda.OutOfMemoryError:
-            runner.model.zero_grad()
-            skipped.append(runner.record | {"skipped": "out of memory"})
+        except failures(device) as error:
+            skipped.append(asdict(case) | {"method": method, "skipped": why(error)})
         else:
             runners.append(runner)
+        runner = None  # and so is its memory
     order = random.Random(0)
+    gc.collect()
+    gc.freeze()  # what stands now need not be looked at in each round
     for _ in range(case.rounds):
         gc.collect()
         gc.disable()
@@ -223,6 +290,13 @@ def run_case(
                 runner.record["seconds"].setdefault(phase, []).append(round(seconds, 7))
         gc.enable()
         on_round()
+    gc.unfreeze()
+    looked_at = device == "cuda" or case.shape == "tiny"  # on a CPU, in a rehearsal alone
+    for runner in runners if looked_at else ():
+        try:
+            runner.look()
+        except failures(device) as error:  # its times are good
+            runner.record["kernels"] = why(error)
     return [runner.record for runner in runners] + skipped
 
 
@@ -233,8 +307,11 @@ class Speed:
     Args:
         device: "cpu" or "cuda"; None is a GPU where there is one.
         quick: few rounds, and the cases of the bars alone.
+        rehearse: the cases of `device` in miniature, on the CPU.
         out: file of the result; None is a name in `runs/`.
         wanted: `{case: methods}`; None is `cases(device, quick)`.
+        kind: of the cases: "speed", or "speed-forms" for other forms of R-LoRA.
+        minutes: start no case that would end later, going by its estimate.
     """
 
     def __init__(
@@ -242,26 +319,41 @@ class Speed:
         device: str | None = None,
         *,
         quick: bool = False,
+        kind: str = "speed",
+        rehearse: bool = False,
         out: Path | None = None,
-        wanted: dict[Case, tuple[str, ...]] | None = None,
+        wanted: Cases | None = None,
+        minutes: float = float("inf"),
     ) -> None:
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device not in ("cpu", "cuda"):
+        self.start = time.monotonic()
+        self.minutes = minutes
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device not in ("cpu", "cuda"):
             raise LabError(f"--device must be cpu or cuda, got {device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
+        if device == "cuda" and not rehearse and not torch.cuda.is_available():
             raise LabError("--device cuda: PyTorch finds no GPU here")
-        self.wanted = wanted or cases(self.device, quick)
-        self.out = out or Path("runs") / f"speed-{self.device}{'-quick' * quick}.json"
-        command = f"python -m rlora_lab speed --device {self.device}{' --quick' * quick}"
+        self.wanted = wanted or cases(device, quick, bf16=has_bf16())
+        self.device = device
+        options = "--other-forms " * (kind == "speed-forms")
+        command = f"python -m rlora_lab speed {options}--device {device}{' --quick' * quick}"
+        name = f"{kind}-{device}{'-quick' * quick}.json"
+        if rehearse:
+            self.wanted, self.device = rehearsal(self.wanted), "cpu"
+            command, name = f"{command} --rehearse", f"rehearsed-{name}"
+        self.out = out or Path("runs") / name
         self.result = {
             "command": command,
             **environment(),
-            "config": {"device": self.device, "quick": quick},
+            "config": {"device": device, "quick": quick, "rehearsal": rehearse},
+            "gpu": None,
             "roof": {},
             "complete": False,
             "bars": [],
             "records": [],
         }
+        if self.device == "cuda":
+            cuda = torch.version.cuda
+            self.result["gpu"] = {"cuda": cuda} | ask_gpu(*GPU) | ask_gpu(*CLOCKS)
         if self.out.exists():
             self._take_up()
 
@@ -280,30 +372,61 @@ class Speed:
                 )
         self.result |= {key: earlier[key] for key in ("roof", "records")}
 
-    def run(self, console: Console) -> dict:
-        """Do what is not done yet, and return the result, complete."""
+    def _missing(self, say: Callable[[str], None]) -> list[Case]:
+        """What is not done yet and can be done here."""
         done = {Case.of(record) for record in self.result["records"]}
         missing = [case for case in self.wanted if case not in done]
         if not shutil.which("c++") and any(case.compiled for case in missing):
-            console.print("no C++ compiler here: torch.compile is not measured")
+            say("no C++ compiler here: torch.compile is not measured")
             missing = [case for case in missing if not case.compiled]
+        if not find_spec("bitsandbytes") and any(case.dtype == "nf4" for case in missing):
+            say("no bitsandbytes here: a base in 4 bits is not measured")
+            missing = [case for case in missing if case.dtype != "nf4"]
+        return missing
+
+    def run(self, say: Callable[[str], None] = print, show: bool = True) -> dict:
+        """Do what is not done yet, as long as there is time, and return the result.
+
+        A line for each case goes to `say`, and with `show` a progress bar to a terminal.
+        """
+        missing = self._missing(say)
         write_result(self.out, self.result)
         first = next(iter(self.wanted))
-        for dtype in {case.dtype for case in missing} - self.result["roof"].keys():
-            self.result["roof"][dtype] = measure_roof(self.device, DTYPES[dtype])
-        with Progress(console=console) as progress:
-            bar = progress.add_task("", total=sum(case.rounds for case in missing))
+        for dtype in dict.fromkeys(case.dtype for case in missing):
+            if dtype not in self.result["roof"]:
+                small = self.result["config"]["rehearsal"]
+                self.result["roof"][dtype] = measure_roof(self.device, DTYPES[dtype], small)
+        left = 0
+        pace = expected = 0.0  # seconds that cases took here, and should have taken
+        rounds = sum(case.rounds for case in missing)
+        with tqdm(total=rounds, disable=None if show else True) as progress:
             for case in missing:
-                progress.update(bar, description=f"{case.study}: {case.words(first)}")
+                about = estimate(case, self.wanted[case], self.device)
+                slower = max(1.0, pace / expected) if expected else 1.0
+                if self.elapsed + SLACK / 2 + about * slower > 60 * self.minutes:
+                    left += 1
+                    continue
+                begin = time.monotonic()
+                progress.set_description(case.study)
                 self.result["records"] += run_case(
                     case,
                     self.wanted[case],
                     self.device,
                     self.result["roof"][case.dtype],
-                    partial(progress.advance, bar),
+                    partial(progress.update, 1),
                 )
                 write_result(self.out, self.result)
+                took = time.monotonic() - begin
+                pace, expected = pace + took, expected + about
+                words = case.words(first) if case != first else case.words()
+                say(f"{self.elapsed:5.0f} s  {case.study}: {words} ({took:.0f} s, of {about:.0f})")
+        if left:
+            say(f"{left} cases would end after {self.minutes:g} minutes: run it again for them")
         self.result["bars"] = verdicts(self.result)
-        self.result |= {"complete": True, **environment()}
+        self.result |= {"complete": not left, **environment()}
         write_result(self.out, self.result)
         return self.result
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start + SLACK / 2

@@ -1,14 +1,20 @@
-"""What measures: a clock that need not wait, counts of work and of memory, a machine's roof."""
+"""What measures: a clock that need not wait, counts of work and kernels, what a GPU says."""
 
 import itertools
+import os
+import subprocess
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from ..models.answers import has_bf16
 
 
 class Clock:
@@ -90,13 +96,70 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, in
     return sum(storage.nbytes() for storage in kept.values()), new
 
 
-def measure_roof(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """The best that a large product and a large copy reach here, in numbers a second."""
+# What a program calls to hand work to a GPU: kernels, whole graphs of them, copies and fills.
+LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+NO_KERNEL = ("Optimizer.", "ProfilerStep", "Torch-Compiled Region")  # names for a span of several
+
+
+def profile_work(work: Callable[[], object], device: str) -> dict:
+    """What `work` asks of the device, called once.
+
+    Returns:
+        `launches`, how often it was handed something (on a CPU: PyTorch's operations), and
+        `kernels`, [name, how often, seconds] of all that ran, the longest first.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr that it begins and ends
+    cuda = device == "cuda"
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as seen:
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+    launches = 0
+    kernels: dict[str, list] = {}
+    for event in seen.events():
+        if event.name.startswith(NO_KERNEL):
+            continue
+        if cuda and event.device_type == DeviceType.CPU:
+            launches += event.name.startswith(LAUNCHES)
+            continue
+        microseconds = event.time_range.elapsed_us() if cuda else event.self_cpu_time_total
+        entry = kernels.setdefault(event.name[:120], [0, 0.0])
+        entry[0] += 1
+        entry[1] += microseconds / 1e6
+    if not launches:  # on a CPU, and where calls are not in the profile
+        launches = sum(times for times, _ in kernels.values())
+    longest = sorted(kernels.items(), key=lambda item: -item[1][1])
+    return {
+        "launches": launches,
+        "kernels": [[name, times, round(seconds, 7)] for name, (times, seconds) in longest],
+    }
+
+
+def ask_gpu(*names: str) -> dict[str, str]:
+    """What `nvidia-smi` says of the GPU in use: `{name: value}`; nothing where it is not there."""
+    if not torch.cuda.is_available():
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    try:
+        command.append(f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}")
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, AttributeError, subprocess.SubprocessError):
+        return {}
+    values = said.stdout.strip().splitlines()[0].split(", ")
+    return dict(zip(names, values, strict=True))
+
+
+def measure_roof(device: str, dtype: torch.dtype, small: bool = False) -> dict[str, float]:
+    """The best that a large product and a large copy reach here, in numbers a second; of `small`
+    ones for a rehearsal."""
     n, repeats = (8192, 10) if device == "cuda" else (1536, 5)
-    if device == "cpu" and dtype == torch.bfloat16:
-        n = 512  # most CPUs have no units for it, and are a hundred times slower
+    if device == "cpu" and dtype == torch.bfloat16 and not has_bf16():
+        n = 512  # without units for it a CPU is a hundred times slower
+    if small:
+        n, repeats = 64, 2
     a = torch.randn(n, n, device=device, dtype=dtype)
-    b = torch.empty(2**26, device=device, dtype=dtype)
+    b = torch.empty(n * n if small else 2**26, device=device, dtype=dtype)
     c = torch.empty_like(b).copy_(b.fill_(1))
 
     def best(work: Callable[[], object]) -> float:

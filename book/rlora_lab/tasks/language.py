@@ -30,15 +30,13 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-from datasets import load_dataset
 from torch import Tensor, nn
 
 from ..errors import LabError
@@ -54,14 +52,20 @@ from ..models.bases import TARGETS, Base, cache_folder
 from ..names import SUITES
 from .suite import mixed
 
-datasets.disable_progress_bars()
-
 SPLITS = ("train", "validation", "test")
 MOST = {"train": 2000, "validation": 100, "test": 300}
 SHARES = {"validation": 1 / 8, "test": 1 / 4}  # where there are fewer rows
 CUT_SEED = 0
 LONGEST_PROMPT, LONGEST_ANSWER = 240, 60  # characters
 HUB = "tasksource/bigbench"
+
+
+def load_dataset(name: str, config: str) -> Mapping:
+    """As that of datasets, which takes seconds to import, and isn't needed for a folder."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.load_dataset(name, config)
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,6 @@ def load_suite(
 
     `blocks` trains the upper so many blocks alone, in the suite language.
     """
-    from .language import Language
-    from .sentences import Sentences  # needs datasets, which takes seconds to import
-    from .strings import Synthetic
-
     if name not in SUITES:
         raise LabError(f"unknown suite {name!r}: allowed are {', '.join(SUITES)}")
     if (name == "synthetic") != (base.name == "tiny"):
@@ -77,7 +73,13 @@ def load_suite(
     if blocks is not None and name != "language":
         raise LabError(f"blocks is for the suite language, not for {name}")
     if name == "language":
+        from .language import Language
+
         return Language(base, tasks, blocks)
     if name == "sentences":
+        from .sentences import Sentences  # needs datasets, which takes seconds to import
+
         return Sentences(base, tasks)
+    from .strings import Synthetic
+
     return Synthetic() if tasks is None else Synthetic(tasks)
