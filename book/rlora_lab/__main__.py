@@ -37,6 +37,14 @@ Minutes = Annotated[
     float, typer.Option(help="start no run that would end later", show_default="no end")
 ]
 Workers = Annotated[int, typer.Option(help="processes, of one thread each", min=1)]
+Ray = Annotated[
+    str,
+    typer.Option(
+        help="local, or the address of a Ray cluster that does the runs, --workers of them at once; "
+        "its machines need this package and, as here, RLORA_DATA or RLORA_LANGUAGE",
+        show_default="processes of this machine",
+    ),
+]
 Status = Annotated[bool, typer.Option("--status", help="only say what is done and missing")]
 Steps = Annotated[
     int | None,
@@ -82,6 +90,7 @@ def _work(
     show: bool = False,
     only: Sequence[str] = (),
     methods: Sequence[str] = (),
+    ray: str = "",
 ) -> None:
     """Do what is missing of the blocks asked for, all if none is named, and say what is left."""
     from .runs.worker import status_table, work
@@ -91,7 +100,14 @@ def _work(
         console.print(status_table(plan, records, only))
         return
     done = work(
-        plan, records, console, only=only, methods=methods, minutes=minutes, workers=workers
+        plan,
+        records,
+        console,
+        only=only,
+        methods=methods,
+        minutes=minutes,
+        workers=workers,
+        ray=ray,
     )
     console.print(status_table(plan, records, only))
     console.print("All that was asked for is done." if done else "There is more to do.")
@@ -106,6 +122,7 @@ def evidence(
     minutes: Minutes = float("inf"),
     workers: Workers = 2,
     show: Status = False,
+    ray: Ray = "",
 ) -> None:
     """Run what is missing of a plan, and add each run that ends to the records.
 
@@ -116,7 +133,7 @@ def evidence(
     Blocks of the suite sentences read the hub, or the folder in the environment variable
     RLORA_DATA; those of the suite language the hub, or the folder in RLORA_LANGUAGE.
     """
-    _work(load_plan(plan), records, minutes, workers, show, _names(only), _names(methods))
+    _work(load_plan(plan), records, minutes, workers, show, _names(only), _names(methods), ray)
 
 
 @run_app.command()

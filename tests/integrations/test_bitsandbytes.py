@@ -7,6 +7,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from one_step import assert_merging_is_refused, assert_same_step, one_step
+from peft import PeftModel
 from rlora_helpers import KINDS, METHODS, adapt, layers_of, perturb
 from torch import nn
 
@@ -83,3 +84,18 @@ def test_a_step(method, bits):
 def test_merging_is_refused(bits, safe):
     inputs = KINDS["llama"].inputs()
     assert_merging_is_refused(quantized(bits, "mlora"), inputs, safe_merge=safe)
+
+
+@pytest.mark.parametrize("bits", KIND)
+def test_saved_and_loaded_on_a_base_quantized_again(bits, tmp_path):
+    model, inputs = quantized(bits, "rlora"), KINDS["llama"].inputs()
+    model.save_pretrained(tmp_path)
+    kind, make, _, _ = KIND[bits]
+    base = replaced(KINDS["llama"].base(initializer_range=0.2, **SIZES), nn.Linear, make)
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert all(type(layer.get_base_layer()) is kind for layer in layers_of(again))
+    with torch.no_grad():
+        found, before = (m(**inputs).logits for m in (again, model.eval()))
+        with again.disable_adapter():
+            bare = again(**inputs).logits
+    assert torch.equal(found, before) and not torch.allclose(found, bare, atol=1e-3)

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from one_step import assert_merging_is_refused, assert_same_step, case, far, one_step
+from one_step import WIDE, assert_merging_is_refused, assert_same_step, case, far, one_step
+from peft import PeftModel
 from rlora_helpers import KINDS, METHODS, adapt, layers_of, output, perturb
 from torch import Tensor, nn
 from torchao.quantization import (
@@ -80,6 +81,22 @@ def test_the_parts_quantized_as_well(which, config):
         out = output(model, inputs)
     assert far(out, output(dense(model), inputs)) < BOUND
     assert far(out, before) > BOUND  # it was quantized
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_saved_and_loaded_on_a_base_quantized_again(config, tmp_path):
+    model, inputs = case(dtype=torch.float32)
+    quantize(model, "base_layer", CONFIGS[config])
+    model.save_pretrained(tmp_path)
+    base = KINDS["llama"].base(**WIDE["llama"])
+    for target in KINDS["llama"].targets:
+        quantize(base, target, CONFIGS[config])
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert all(is_quantized(layer.get_base_layer().weight) for layer in layers_of(again))
+    with torch.no_grad():
+        assert torch.equal(output(again, inputs), output(model, inputs))
+        with again.disable_adapter():
+            assert far(output(again, inputs), output(model, inputs)) > 0.01
 
 
 def test_activations_in_int8():

@@ -29,10 +29,19 @@ from one_step import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from rlora_helpers import KINDS, METHODS, perturb
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
+from rlora_lab.chapters import ch11b_tools
 from rlora_min import RLoraConfig
 
 pytestmark = [
@@ -267,3 +276,49 @@ def test_the_start_on_4_bits_is_the_base_up_to_bf16(heads, base_folder, words, t
         with model.disable_adapter():
             base = model(**inputs).logits
     assert 0 < far(start, base) < 0.02
+
+
+# Chapter 11b's ten lines
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes with a chat template."""
+    alphabet = sorted(ByteLevel.alphabet())
+    made = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_the_chapters_ten_lines(tmp_path):
+    """They train R-LoRA, and TRL counts the tokens that the chapter's encode_chat counts."""
+    tokenizer = letters()
+    base = KINDS["llama"].base(vocab_size=len(tokenizer), max_position_embeddings=128)
+    chats = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": good}]
+        for prompt, good in zip(PROMPTS, GOOD, strict=True)
+    ]
+    rows = [{"prompt": chat[:1], "completion": chat[1:]} for chat in chats]
+    quiet = {"max_steps": 2, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
+    trainer = ch11b_tools.sft(base, tokenizer, rows, tmp_path, **quiet)
+    assert trainer.state.global_step == 2
+    trained = {p.dtype for name, p in adapter_of(trainer.model).items() if "rlora_B." in name}
+    assert trained == {torch.float32}
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+    for chat, ids, labels in zip(chats, batch["input_ids"], batch["labels"], strict=True):
+        wanted = ch11b_tools.encode_chat(tokenizer, chat)
+        answer = [i for i in wanted["labels"] if i != -100]
+        counted = labels[labels != -100].tolist()
+        text = ids[: len(wanted["input_ids"])].tolist()
+        assert text == wanted["input_ids"]
+        # TRL counts what the template writes behind the end, too: a line break
+        assert counted[: len(answer)] == answer
+        assert tokenizer.decode(counted[len(answer) :]).strip() == ""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +205,34 @@ def test_a_killed_command_goes_on(tmp_path: Path):
     block = load_plan(tmp_path / "plan.toml")["a"]
     again = do_run(Run(block, "sweep", first["method"], first["learning_rate"], first["seed"]))
     assert np.allclose(again["loss"], first["loss"], atol=2e-3)
+
+
+def without_times(file: Path) -> list[dict]:
+    """A file's records in the order of their names, without what differs from run to run."""
+    records = [r | {"seconds": 0, "date": "", "setting": ""} for r in read_records(file)[1]]
+    return sorted(records, key=lambda r: (r["stage"], r["method"], r["learning_rate"], r["seed"]))
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not here: the extra serve brings it")
+def test_two_workers_on_ray_give_the_records_of_one(here: Path):
+    plan = load_plan(plan_file(here, a=SMALL | {"methods": ["rlora"], "sweep_seeds": [10]}))
+    assert work(plan, here / "alone", QUIET, workers=1)
+    command = [sys.executable, "-m", "rlora_lab", "run", "evidence", "--plan", "plan.toml"]
+    command += ["--records", "on-ray", "--ray", "local", "--workers", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=here, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    alone, on_ray = (here / folder / "a.jsonl" for folder in ("alone", "on-ray"))
+    assert len(without_times(alone)) == 4 and without_times(on_ray) == without_times(alone)
+    (one,), (two,) = (read_records(file)[0].values() for file in (alone, on_ray))
+    assert two == one | {"workers": 2}
+
+
+def test_ray_that_is_not_here(here: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = load_plan(plan_file(here, a=SMALL))
+    monkeypatch.setattr(worker, "find_spec", lambda name: None)
+    with pytest.raises(LabError, match=r'--ray needs the extra serve: pip install "rlora-min'):
+        work(plan, here / "records", QUIET, ray="local")
+    assert not (here / "records").exists()

@@ -267,7 +267,11 @@ def test_search_finds_a_word(page, size):
 
 # A word, and the section that has to come first.
 FOUND = {
-    "vLLM": "book/16b_serving.html#vllm",
+    "vLLM": "book/11b_tools.html#vllm",
+    "TRL": "book/11b_tools.html#trl",
+    "Ollama": "book/11b_tools.html#llama-cpp-and-ollama",
+    "chat template": "book/11b_tools.html#code-chat-templates",
+    "early stopping": "book/11b_tools.html#code-early-stopping",
     "merge": "book/02_lora_from_scratch.html#merging",
     "install": "index.html#install",
     "Colab": "index.html#install",

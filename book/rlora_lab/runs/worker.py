@@ -1,11 +1,13 @@
 """Works a plan off, run by run and with several processes, and keeps each run's record."""
 
+import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import lru_cache
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -173,6 +175,49 @@ def _work(run: Run, workers: int) -> tuple[dict, dict]:
     return setting_of(run.block, workers), do_run(run, _scratch(run))
 
 
+class RayPool:
+    """Workers on Ray, on one machine or many, where a pool of processes would be: a run is a task.
+
+    A task that is lost with its machine is begun again on another, so it keeps no checkpoints.
+
+    Args:
+        address: "local" starts Ray on this machine, for as long as the work lasts; else where a
+            cluster listens, as `ray.init` takes it.
+
+    Raises:
+        LabError: Ray is not installed, or does not answer there.
+    """
+
+    def __init__(self, address: str, workers: int) -> None:
+        if find_spec("ray") is None:
+            raise LabError('--ray needs the extra serve: pip install "rlora-min[lab,serve]"')
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
+        import ray
+
+        here = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 2**28}
+        start = here if address == "local" else {}
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **start)
+        except (ConnectionError, ValueError) as error:
+            raise LabError(
+                f"--ray {address}: no cluster answers there. Ray said: {error}"
+            ) from error
+        self.task = ray.remote(num_cpus=1)(_work_on_ray)
+
+    def submit(self, _: Callable, run: Run, workers: int) -> Future:
+        return self.task.remote(run, workers).future()
+
+    def shutdown(self, **_: bool) -> None:
+        import ray
+
+        ray.shutdown()  # which ends this program's tasks on a cluster too
+
+
+def _work_on_ray(run: Run, workers: int) -> tuple[dict, dict]:
+    _start_worker()
+    return setting_of(run.block, workers), do_run(run)
+
+
 def work(
     plan: dict[str, Block],
     folder: Path,
@@ -182,6 +227,7 @@ def work(
     methods: Sequence[str] = (),
     minutes: float = float("inf"),
     workers: int = 2,
+    ray: str = "",
 ) -> bool:
     """Do what is missing of a plan, as long as there is time; say whether all of it is done.
 
@@ -189,6 +235,8 @@ def work(
         folder: where the records are, and where each run's is added as it ends.
         only, methods: names of blocks and of methods to work at; all, where none is named.
         minutes: start no run that would not end within them, going by the median of its block.
+        workers: how many runs at once.
+        ray: "local" or the address of a Ray cluster, which then does them (`RayPool`).
     """
     _check_names("block", only, list(plan))
     _check_names("method", methods, sorted({m for block in plan.values() for m in block.methods}))
@@ -215,7 +263,10 @@ def work(
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the workers load torch
     running: dict[Future, Run] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    if ray:
+        pool = RayPool(ray, workers)
+    else:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
     try:
         with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
             bar = progress.add_task("", total=None)

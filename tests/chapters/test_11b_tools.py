@@ -1,0 +1,259 @@
+"""Chapter 11b: what counts of a chat, mixtures, the worst task, what servers ask of files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from chapter_code import BOOK, read
+from datasets import Dataset
+from gguf_file import write_gguf
+from lab_helpers import needs_smollm2
+from peft import LoraConfig, PeftModel, get_peft_model
+from rlora_helpers import perturb
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
+
+from rlora_lab.chapters.ch11b_tools import RANKS, by_worst, encode_chat, mixture, ready_for
+from rlora_lab.models.bases import load_base, smollm2_folder
+from rlora_lab.runs.gradients import first_gradient, measure
+from rlora_lab.tasks.strings import Synthetic
+from rlora_min import RLoraConfig, export_lora
+
+TEXT = "\n".join(cell.source for cell in read(BOOK / "11b_tools.ipynb").cells)
+TURNS = [
+    {"role": "user", "content": "Where is a rake?"},
+    {"role": "assistant", "content": "In the garden."},
+]
+
+
+# Chats
+
+
+class Template:
+    """As much of a tokenizer as a chat needs: a token a character, and a template."""
+
+    def __init__(self, write):
+        self.write = write
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt=False):
+        assert not tokenize
+        return self.write(turns) + ("<a>" if add_generation_prompt else "")
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def test_the_answer_and_its_end_count():
+    row = encode_chat(
+        Template(lambda turns: "".join(f"<{t['role'][0]}>{t['content']}/" for t in turns)), TURNS
+    )
+    text = "<u>Where is a rake?/<a>In the garden./"
+    assert row["input_ids"] == [ord(c) for c in text]
+    counted = "".join(chr(i) for i in row["labels"] if i != -100)
+    assert counted == "In the garden./" and row["labels"][0] == -100
+
+
+@needs_smollm2
+def test_a_real_template():
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
+    row = encode_chat(tokenizer, TURNS)
+    counted = tokenizer.decode([i for i in row["labels"] if i != -100])
+    assert counted == "In the garden.<|im_end|>"
+    asked = tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True)
+    asked = asked if isinstance(asked, list) else asked["input_ids"]
+    assert row["input_ids"][: len(asked)] == asked  # what the model reads when it is asked
+
+
+def test_chats_that_are_refused():
+    changing = Template(lambda turns: f"{len(turns)} turns")
+    with pytest.raises(ValueError, match="writes an answered prompt otherwise"):
+        encode_chat(changing, TURNS)
+    with pytest.raises(ValueError, match="the last message is the user's"):
+        encode_chat(changing, TURNS[:1])
+
+
+# Tasks
+
+
+def test_a_mixture_has_the_shares_and_repeats():
+    pieces = {k: Dataset.from_dict({"task": [k] * n}) for k, n in {"a": 900, "b": 100}.items()}
+    by_size, even = mixture(pieces), mixture(pieces, T=float("inf"))
+    own = mixture(pieces, weights={"b": 3, "a": 1}, seed=1)
+    for found, share in ((by_size, 0.1), (even, 0.5), (own, 0.75)):
+        assert found["task"][:].count("b") / len(found) == pytest.approx(share, abs=0.06)
+        assert found["task"][:].count("a") >= 900  # each is seen whole
+    assert mixture(pieces, seed=1)["task"][:] != by_size["task"][:]
+    assert mixture(pieces)["task"][:] == by_size["task"][:]
+
+
+def test_the_worst_task():
+    labels = np.array([[-100, -100, 3, 4]] * 3)
+    said = np.array([[9, 3, 4, 9], [9, 3, 5, 9], [3, 3, 4, 4]])  # place t says token t + 1
+    found = by_worst(["a", "a", "b"])(EvalPrediction(predictions=said, label_ids=labels))
+    assert found == {"a": 0.5, "b": 1.0, "worst": 0.5}
+
+
+# Files
+
+
+def saved(config, folder: Path) -> Path:
+    perturb(get_peft_model(load_base("tiny").model, config)).save_pretrained(folder)
+    return folder
+
+
+def test_what_servers_would_say(tmp_path):
+    targets = ["up_proj", "down_proj"]
+    model = perturb(
+        get_peft_model(load_base("tiny").model, RLoraConfig(r=6, target_modules=targets))
+    )
+    export_lora(model, tmp_path / "export")
+    assert ready_for(tmp_path / "export") == {"rank": 12, "max-lora-rank": 16, "why": []}
+    model.save_pretrained(tmp_path / "adapter")
+    raw = ready_for(tmp_path / "adapter")
+    assert raw["rank"] is None and "rlora_" in raw["why"][0] and "vLLM" in raw["why"][1]
+    mixed = LoraConfig(r=4, target_modules=targets, rank_pattern={"up_proj": 32}, use_rslora=True)
+    found = ready_for(saved(mixed, tmp_path / "mixed"))
+    assert (found["rank"], found["max-lora-rank"]) == (32, 32)
+    assert [re.match(r"[\w.]+ \w+", why)[0] for why in found["why"]] == [
+        "one rank",
+        "llama.cpp scales",
+    ]
+    head = LoraConfig(r=2, target_modules=targets, modules_to_save=["lm_head"])
+    found = ready_for(saved(head, tmp_path / "head"))
+    assert found["max-lora-rank"] == 8 and "modules_to_save" in " ".join(found["why"])
+    assert str(list(RANKS)) in TEXT
+
+
+def test_the_versions_in_the_text_are_those_of_the_tests():
+    pins = (BOOK.parent / "tests/integrations/requirements.txt").read_text()
+    for package, name in (("trl", "TRL"), ("bitsandbytes",) * 2, ("torchao",) * 2):
+        (version,) = re.findall(rf"^{package}==(\S+)", pins, re.M)
+        assert f"{name} {version}" in TEXT
+
+
+def test_an_adapter_on_a_gguf_base(tmp_path):
+    """Read as dense, trained, saved, and loaded on the same file read again."""
+    write_gguf(tmp_path / "model.gguf")
+
+    def read_base():
+        return AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").float()
+
+    assert gguf.GGUFReader(tmp_path / "model.gguf").tensors
+    config = RLoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_seed=0)
+    model = get_peft_model(read_base(), config)
+    ids = torch.arange(8)[None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(read_base(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+# The record of first gradients
+
+
+def test_the_record_of_first_gradients_repeats(tmp_path):
+    measure(base="tiny", suite="synthetic", batch=4, seeds=1, out=tmp_path / "a.json")
+    measure(base="tiny", suite="synthetic", batch=4, seeds=1, out=tmp_path / "b.json")
+    first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab")
+    assert first == second and first["base"] == "tiny" and len(first["records"]) == 4
+    lora, *rlora = first["records"]
+    assert lora["parts"]["A"] == 0 and "router" not in lora["parts"]
+    for one in first["records"]:
+        assert sum(v**2 for v in one["parts"].values()) == pytest.approx(one["norm"] ** 2)
+        assert 0 < one["module_norm"] <= one["norm"] and one["input_norm"] > 0
+    assert rlora[0]["parts"]["router"] > 4 * rlora[2]["parts"]["router"]  # gamma 16 and 256
+
+
+def test_the_gradient_goes_as_the_formula_says():
+    """Without dropout: heads and A by 1 / sqrt(gamma), the router by 1 / gamma."""
+    batch = Synthetic(["largest"]).batch(8, 0)
+    found = {}
+    for gamma in (16.0, 256.0):
+        base = load_base("tiny")
+        settings = {"gamma": gamma, "lora_dropout": 0.0, "init_seed": 0}
+        model = get_peft_model(base.model, RLoraConfig(target_modules=base.targets, **settings))
+        found[gamma] = first_gradient(model, batch, 0)["parts"]
+    ratios = {part: found[16.0][part] / found[256.0][part] for part in found[16.0]}
+    expected = {"A": 4, "B": 4, "router": 16}
+    assert ratios == pytest.approx(expected, rel=1e-3)
+
+
+# llama.cpp: where LLAMA_CPP names a folder of its source, and llama_cpp can be imported
+
+
+@needs_smollm2
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no folder of llama.cpp")
+def test_llama_cpp_takes_the_export_and_refuses_the_adapter(tmp_path):
+    """Converted by its own scripts; greedy texts are those of PEFT."""
+    source = Path(os.environ["LLAMA_CPP"])
+    base = smollm2_folder()
+
+    def convert(script: str, *arguments) -> subprocess.CompletedProcess:
+        command = [sys.executable, source / script, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    config = RLoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_seed=0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.2 * torch.randn(p.shape, generator=generator) * p.data.std().clamp(0.05))
+    model.eval().save_pretrained(tmp_path / "adapter")
+    export_lora(model, tmp_path / "export")
+    adapter = "convert_lora_to_gguf.py", "--base", base, "--outfile"
+    refused = convert(*adapter, tmp_path / "no.gguf", tmp_path / "adapter")
+    assert refused.returncode and "Not a lora_A or lora_B tensor" in refused.stderr
+    taken = convert(*adapter, tmp_path / "export.gguf", tmp_path / "export")
+    assert taken.returncode == 0, taken.stderr
+    fields = gguf.GGUFReader(tmp_path / "export.gguf")
+    assert fields.get_field("adapter.lora.alpha").contents() == 8  # 2 r: the scale is 1
+    assert len(fields.tensors) == 2 * 3 * 30
+    if find_spec("llama_cpp") is None:
+        pytest.skip("the files are converted; llama_cpp is not here to run them")
+    import llama_cpp
+
+    made = convert(
+        "convert_hf_to_gguf.py", base, "--outtype", "f32", "--outfile", tmp_path / "base.gguf"
+    )
+    assert made.returncode == 0, made.stderr
+    exported = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "export"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    options = {"n_ctx": 128, "n_threads": 1, "verbose": False, "use_mmap": False}
+    bare = llama_cpp.Llama(str(tmp_path / "base.gguf"), **options)
+    served = llama_cpp.Llama(
+        str(tmp_path / "base.gguf"), lora_path=str(tmp_path / "export.gguf"), **options
+    )
+    differ = 0
+    for prompt in ("The capital of France is", "Two and two are", "A rake is found in the"):
+        ids = tokenizer(prompt, return_tensors="pt")
+        greedy = {"max_new_tokens": 12, "do_sample": False, "repetition_penalty": 1.0}
+        ours = exported.eval().generate(**ids, **greedy)[0, ids["input_ids"].shape[1] :].tolist()
+        theirs = []
+        for llama in (served, bare):
+            llama.reset()
+            stream = llama.generate(ids["input_ids"][0].tolist(), temp=0.0, repeat_penalty=1.0)
+            theirs.append([token for token, _ in zip(stream, ours, strict=False)])
+        assert theirs[0] == ours
+        differ += theirs[1] != ours
+    assert differ  # the adapter does something
