@@ -73,7 +73,7 @@ def best_look(looks, by=min):
     return max(looks, key=lambda look: by(look[1].values()))
 
 
-def train_skewed(model, suite, steps, lr, seed=0, batch=48, weights=None, every=None):
+def train_skewed(model, suite, steps, lr, seed=0, batch=48, weights=None, every=0):
     """Train on draws; returns the looks: (step, {task: letters right}, adapter)."""
     set_seed(seed)
     generator = torch.Generator().manual_seed(seed)
