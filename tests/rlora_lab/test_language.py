@@ -19,7 +19,7 @@ from rlora_lab.errors import LabError
 from rlora_lab.models import answers
 from rlora_lab.models.bases import Base, load_base
 from rlora_lab.models.methods import adapt, count_trainable
-from rlora_lab.runs import worker
+from rlora_lab.runs import inside, worker
 from rlora_lab.runs.plan import load_plan
 from rlora_lab.runs.probes import by_metric, routing_entropy
 from rlora_lab.runs.record import read_records
@@ -590,6 +590,57 @@ def test_no_hub_and_no_folder(monkeypatch: pytest.MonkeyPatch):
         load_rows("plural")
     with pytest.raises(LabError, match="'sentiment' can't be told.*benchmark_tasks"):
         load_rows("sentiment")
+
+
+# What chapter 15 shows of a real model
+
+
+@torch.no_grad()
+def test_a_head_that_is_off_is_one_of_zeros(llama_folder: Path, made_up_folder: Path):
+    base = small(llama_folder)
+    suite = Language(base, TASKS_MADE_UP, blocks=1, bf16=False)
+    model = adapt("rlora", base, suite, seed=0).eval()
+    perturb(model)
+    batches = {task: suite.probe(task, 6) for task in suite.tasks}
+    rises = inside.chapter.rise(
+        model, inside.chapter.off, lambda model: inside.losses(model, batches)
+    )
+    before, layers = inside.losses(model, batches), inside.chapter.layers_of(model)
+    assert rises.shape == (3 * len(layers), 2) and list(layers) == ["1 gate", "1 up", "1 down"]
+    for i, layer in enumerate(layers.values()):
+        heads = layer.rlora_B["default"].weight.unflatten(1, (3, -1))
+        for head in range(3):
+            kept = heads[:, head].clone()
+            heads[:, head] = 0
+            now = inside.losses(model, batches)
+            torch.testing.assert_close(now - before, rises[3 * i + head], atol=1e-5, rtol=0)
+            heads[:, head] = kept
+    assert rises.abs().max() > 1e-3
+
+
+def test_looking_inside_leaves_what_chapter_15_reads(
+    llama_folder: Path, made_up_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inside, "load_base", lambda name: small(llama_folder))
+    monkeypatch.setattr(language, "DIFFERENT", TASKS_MADE_UP)
+    file = made_up_folder / "inside.json"
+    inside.measure("a base", blocks=1, most=8, rows=4, steps=2, out=file)
+    record = json.loads(file.read_text())
+    kinds = {"task": [], "layer": [], "head": []}
+    for row in record["records"]:
+        kinds[row["kind"]].append(row)
+    assert [row["task"] for row in kinds["task"]] == record["tasks"] == TASKS_MADE_UP
+    assert [row["layer"] for row in kinds["layer"]] == ["1 gate", "1 up", "1 down"]
+    for row in kinds["layer"]:
+        assert abs(row["start"]) < 0.5 and row["end"] != row["start"] and 0 < row["p"] <= 1
+        assert row["told"] >= -1e-12 and row["chance"] >= -1e-12
+        for weights in row["weights"].values():
+            assert len(weights) == 3 and sum(weights) == pytest.approx(1)
+    assert [row["head"] for row in kinds["head"]] == [0, 1, 2] * 3
+    for rule in ("off", "third", "noise", "untrained"):
+        rises = np.array([row[rule] for row in kinds["head"]])
+        assert rises.shape == (9, 2) and np.abs(rises).max() > 0, rule
+    assert record["trained_blocks"] == "1 to 1 of 2" and record["seed"] == inside.SEED
 
 
 # From here on with SmolLM2, where it is; on the real tasks too, where RLORA_LANGUAGE names them.

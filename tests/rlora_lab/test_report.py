@@ -632,7 +632,9 @@ def test_what_can_not_be_said(tmp_path: Path):
 
 
 def test_a_result_of_its_own(capsys: pytest.CaptureFixture):
-    with pytest.raises(LabError, match="'nothing': there are serving-cpu, speed-cpu"):
+    with pytest.raises(
+        LabError, match="'nothing': there are inside-smollm2, serving-cpu, speed-cpu"
+    ):
         load_result("nothing")
     result = load_result("speed-cpu")
     said = capsys.readouterr().out

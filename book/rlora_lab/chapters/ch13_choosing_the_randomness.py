@@ -96,7 +96,7 @@ def finished(study):
 
 
 def search(storage, trials, objective, startup=12):
-    """Bring a stored study up to so many finished trials; it may be stopped at any time."""
+    """Bring a stored study up to so many finished trials; it may be stopped."""
     study = optuna.create_study(
         study_name="rlora",
         storage=storage,
@@ -104,10 +104,12 @@ def search(storage, trials, objective, startup=12):
         pruner=optuna.pruners.MedianPruner(n_startup_trials=startup // 2),
         load_if_exists=True,
     )
-    for left in study.get_trials(states=(TrialState.RUNNING,)):  # by a worker that was killed
+    # Those that a worker left when it was killed.
+    for left in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(left.number, state=TrialState.FAIL)
     while (done := len(finished(study))) < trials:
-        # A seed for each trial: a sampler seeded once would repeat its draws after a stop.
-        study.sampler = optuna.samplers.TPESampler(seed=done, n_startup_trials=startup)
+        # A seed for each: a sampler seeded once would repeat its draws after a stop.
+        sampler = optuna.samplers.TPESampler(seed=done, n_startup_trials=startup)
+        study.sampler = sampler
         study.optimize(lambda trial, seed=done: objective(trial, seed), n_trials=1)
     return study

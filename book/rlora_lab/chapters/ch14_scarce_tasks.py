@@ -40,14 +40,14 @@ class Skewed(Synthetic):
         if not T > 0:
             raise ValueError(f"T must be above 0, got {T}")
         generator = torch.Generator().manual_seed(seed)
-        self.pools = {
-            task: self.rows(task, draw(n, generator, "train")) for task, n in sizes.items()
-        }
+        self.pools = {}
+        for task, n in sizes.items():
+            self.pools[task] = self.rows(task, draw(n, generator, "train"))
         self.p, self.augment = shares(sizes, T), augment or {}
 
     def sample(self, size, generator):
         """Rows (size, 14), and the number of each row's task (size,)."""
-        which = torch.multinomial(self.p, size, replacement=True, generator=generator)
+        which = torch.multinomial(self.p, size, True, generator=generator)
         ids = torch.empty(size, QUESTION + LENGTH, dtype=torch.long)
         for k, (task, pool) in enumerate(self.pools.items()):
             here = (which == k).nonzero()[:, 0]
@@ -69,17 +69,18 @@ def right(model, suite, split="validation", size=200):
 
 
 def best_look(looks, by=min):
-    """The look whose worst task is best; with another `by`, such as a mean, by that."""
+    """The look whose worst task is best; with another `by`, a mean say, by that."""
     return max(looks, key=lambda look: by(look[1].values()))
 
 
-def train_skewed(model, suite, steps, lr, seed=0, batch=48, weights=None, every=None):
+def train_skewed(model, suite, steps, lr, seed=0, batch=48, weights=None, every=0):
     """Train on draws; returns the looks: (step, {task: letters right}, adapter)."""
     set_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.03 * steps), steps)
+    warmup = math.ceil(0.03 * steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     looks = []
     for step in range(1, steps + 1):
         ids, which = suite.sample(batch, generator)
@@ -91,7 +92,8 @@ def train_skewed(model, suite, steps, lr, seed=0, batch=48, weights=None, every=
         optimizer.step()
         schedule.step()
         if every and step % every == 0:
-            adapter = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+            state = get_peft_model_state_dict(model)
+            adapter = {k: v.clone() for k, v in state.items()}
             looks.append((step, right(model, suite), adapter))
     return looks
 
@@ -104,11 +106,12 @@ def rename(rows, generator):
 
 
 def shuffle(rows, generator, both=False):
-    """The letters of the question in a random order; with `both`, the answer's as well."""
+    """The question's letters in a random order; with `both`, the answer's too."""
     order = torch.rand(len(rows), LENGTH, generator=generator).argsort(1)
     rows = rows.clone()
     for start in (1, QUESTION) if both else (1,):
-        rows[:, start : start + LENGTH] = rows[:, start : start + LENGTH].gather(1, order)
+        part = slice(start, start + LENGTH)
+        rows[:, part] = rows[:, part].gather(1, order)
     return rows
 
 
