@@ -275,19 +275,19 @@ def train_adapter(
     write_whole(out / "record.json", json.dumps(record, indent=1) + "\n")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     say(scores_text(record))
-    say(f"kept in {out}: adapter, exported, answers.jsonl, record.json")
+    say(f"kept in {out.name}: " + ", ".join(sorted(path.name for path in out.iterdir())))
     return record
 
 
 def _begin(base: str, data: Path, out: Path, settings: dict) -> tuple[Rows, list[str]]:
     """Check the files and lay their rows out, unless there is another run in the folder."""
     if (out / "record.json").exists():
-        raise LabError(f"{out} holds a run that is finished: choose another --out")
+        raise LabError(f"{out.name} holds a run that is finished: choose another --out")
     begun = out / "settings.json"
     asked = {"base": base, **settings}
     if begun.exists() and (before := json.loads(begun.read_text())) != asked:
         other = sorted(name for name in asked if before.get(name) != asked[name])
-        raise LabError(f"{out} holds a run with another {', '.join(other)}: choose another --out")
+        raise LabError(f"{out.name} holds a run with another {', '.join(other)}: choose another")
     rows, notes = lay_out(
         data,
         out / "data",

@@ -19,6 +19,7 @@ from ..report.loading import read_block
 from ..tasks.files import Files, lay_out
 from .adapter import foretell
 from .plan import Block, make_block
+from .record import read_records
 from .worker import work
 
 NAME = "compare"
@@ -107,6 +108,9 @@ def _seconds_of_a_run(base: str, folder: Path, block: Block) -> float:
     """Of the training. It also says what is wrong with base or rows before any worker starts."""
     loaded = load_base(base)
     suite = Files(loaded, blocks=block.blocks, folder=folder)
+    settings, _ = read_records(folder.parent / f"{NAME}.jsonl")
+    if any(s["data_sha256"] != suite.provenance["data_sha256"] for s in settings.values()):
+        raise LabError(f"{folder.parent} holds runs with other data: choose another --out")
     model = adapt("rlora", loaded, suite, seed=0, **block.settings.model_dump())
     seconds = foretell(model, suite, block.steps, block.batch)["seconds"]
     del loaded, model
