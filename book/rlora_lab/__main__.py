@@ -5,6 +5,7 @@ Commands import what they need when they run: torch takes seconds, and `report` 
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -180,6 +181,7 @@ def train(
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         seed=seed,
+        say=partial(print, flush=True),  # into a file too
     )
 
 

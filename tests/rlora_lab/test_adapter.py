@@ -80,7 +80,7 @@ def test_one_call_trains_scores_saves_and_exports(method: str, letters: Path, tm
     assert record["command"].startswith("python -m rlora_lab train --base tiny --data mine")
     assert ("--method lora" in record["command"]) == (method == "lora")
     for task, own in record["tasks"].items():
-        assert own["rows"] == {"train": 44, "validation": 2, "test": 6}
+        assert own["rows"] == {"train": 43, "validation": 2, "test": 6}
         for when in ("before", "after"):
             assert 0 <= own[when]["exact"] <= 1
             assert (own[when]["no_option"] is None) == (task == "mirror")
@@ -150,7 +150,7 @@ def test_a_sign_of_life(letters: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(adapter.Pulse.__init__, "__defaults__", (0.0,))
     said: list[str] = []
     train_adapter("tiny", letters, tmp_path / "out", say=said.append, **SHORT)
-    assert [line for line in said if re.match(r"  step \d of 4, \d+ s", line)]
+    assert [line for line in said if re.match(r"  step \d of 4, \d+ s left", line)]
     assert [line for line in said if re.match(r"  mirror: 6 of 6 answers written", line)]
 
 
@@ -196,7 +196,7 @@ def test_an_adapter_that_was_saved_wrong_is_seen(
 def test_what_can_not_be_trained_is_refused(letters: Path, tmp_path: Path):
     with pytest.raises(LabError, match="no method 'oracle' to train: allowed are lora, lora-cla"):
         train_adapter("tiny", letters, tmp_path / "out", method="oracle", say=str)
-    with pytest.raises(LabError, match="is no number any more, at a rate of 1e"):
+    with pytest.raises(LabError, match="gives no numbers any more: lower the rate of 1e"):
         train_adapter("tiny", letters, tmp_path / "out", say=str, **SHORT | {"lr": 1e30})
     assert not (tmp_path / "out" / "adapter").exists()
 

@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,10 @@ from ..tasks.files import Files, Rows, lay_out
 from .probes import rounded
 from .record import environment, write_whole
 from .training import train
+
+warnings.filterwarnings(  # PEFT looks for the base by its name, which is the lab's own
+    "ignore", message="Could not find a config file in .* will assume that the vocabulary"
+)
 
 TRAINABLE = tuple(m for m in METHODS if m not in (UNTRAINED, "heads", "oracle", "rlora-moved"))
 ROWS = 32  # that are written at once
@@ -263,6 +268,7 @@ def train_adapter(
         "foretold": {k: round(v) for k, v in trained["foretold"].items()},
         "measured": {
             "seconds": round(trained["seconds"]),
+            "from_step": trained["from_step"],  # above 0 in a run that went on
             "bytes": trained["bytes"],
             "seconds_scoring": round(before["seconds"] + after["seconds"]),
         },
@@ -360,13 +366,15 @@ class _Run:
             f"{_minutes(2 * self.scoring)} of scoring; at most {foretold['bytes'] / 1e9:.1f} GB"
         )
         start = time.monotonic()
-        first: list[tuple[int, float]] = []
+        first: list[tuple[int, float]] = []  # the step that is done first, and when
 
         def on_step(step: int) -> None:
-            first.append((step, time.monotonic()))
-            (step0, time0), (_, now) = first[0], first[-1]
-            rate = (now - time0) / max(1, step - step0)
-            self.pulse(f"  step {step} of {own['steps']}, {_minutes(rate * (own['steps'] - step))}")
+            if not first:
+                first.append((step, time.monotonic()))
+                return
+            done, spent = step - first[0][0], time.monotonic() - first[0][1]
+            left = _minutes(spent / done * (own["steps"] - step))
+            self.pulse(f"  step {step} of {own['steps']}, {left} left")
 
         loss = train(
             model,
@@ -380,10 +388,10 @@ class _Run:
             on_step=on_step,
         )
         seconds, peak = time.monotonic() - start, peak_bytes()
-        if not all(np.isfinite(loss)):
-            raise LabError(f"the loss is no number any more, at a rate of {own['lr']}: lower --lr")
-        choice.append(self._choices(model))
         self.logits = self._logits(model, self.suite)
+        if not self.logits.isfinite().all():  # Trainer's losses hide it
+            raise LabError(f"the model gives no numbers any more: lower the rate of {own['lr']}")
+        choice.append(self._choices(model))
         self._save(model)
         self.loaded = model = None  # what was loaded goes before it is loaded again
         gc.collect()
@@ -393,6 +401,7 @@ class _Run:
             "foretold": foretold,
             "seconds": seconds,
             "bytes": peak,
+            "from_step": first[0][0] - 1 if first else own["steps"],
             "loss": [rounded(part.mean()) for part in np.array_split(loss, min(10, len(loss)))],
         }
 
@@ -418,7 +427,7 @@ class _Run:
         model.save_pretrained(unfinished, save_embedding_layers=False)
         unfinished.rename(folder)
         saved = load_file(folder / "adapter_model.safetensors")
-        state = get_peft_model_state_dict(model)
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
         if not all(torch.equal(saved[name], value.cpu()) for name, value in state.items()):
             raise LabError(f"{folder} does not hold what was trained")
 
@@ -427,7 +436,7 @@ class _Run:
         start = time.monotonic()
         loaded = self._load()
         model = PeftModel.from_pretrained(loaded.model, self.out / "adapter").to(self.device).eval()
-        logits = self._logits(AnswerModel(loaded.model, self.suite.bf16), self.whole)
+        logits = self._logits(AnswerModel(loaded.model, self.suite.bf16).eval(), self.whole)
         off = float((logits - self.logits).norm() / self.logits.norm())
         # Relative, as the logits of models differ in size. Blocks that were computed apart have
         # other roundings.
@@ -440,7 +449,7 @@ class _Run:
         }
         if isinstance(model.peft_config["default"], LoraConfig):  # it is one already
             return found | {"seconds": time.monotonic() - start}
-        batch = self.whole.collate(self.probe)
+        batch = self.whole.collate(self.probe[::PROBE][:PROBE])  # the logits of all its places
         batch = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
         largest, relative = export_lora(model, self.out / "exported", batch=batch)
         self.say(f"exported as plain LoRA: off by {relative:.1%} of the logits")

@@ -12,7 +12,7 @@ over. Where a row stands decides its split:
 | `units.jsonl` | units | cut by a seed |
 
 `valid`, `val` and `dev` are validation too. Where a task has no test or validation split, one is
-cut from its training rows by a seed: a fifth and a tenth of its prompts, and equal prompts go
+cut from its training rows by a seed: a fifth of its prompts, then a tenth, and equal prompts go
 together. A training row whose prompt stands in another split is left out, as is a validation row
 whose prompt stands in the test.
 """
