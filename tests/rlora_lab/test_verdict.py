@@ -125,7 +125,8 @@ def test_one_command_gives_a_verdict(
     assert end.value.code in (0, None)
     assert "8 trainings, foretold" in said and "Verdict: " in said and "mirror" in said
     assert "Fewer than 5 seeds" in said and "95 % interval" in said
-    lines = (here / "runs" / "compare" / "compare.jsonl").read_text().splitlines()
+    (file,) = (here / "runs" / "compare").glob("compare-*-2.jsonl")
+    lines = file.read_text().splitlines()
     runs = [json.loads(line) for line in lines if '"id"' not in line]
     assert len(runs) == 8
     tested = {(run["method"], run["seed"]) for run in runs if run["stage"] == "test"}
@@ -134,12 +135,10 @@ def test_one_command_gives_a_verdict(
     assert swept == {(method, rate) for method in ("lora", "rlora") for rate in (0.001, 0.004)}
     settings = [json.loads(line) for line in lines if '"id"' in line]
     assert settings[0]["suite"] == "files" and settings[0]["source"] == "mine"
-    with pytest.raises(
-        LabError, match="compare holds runs with other data: choose another --out"
-    ):  # other rows, the same folder
-        (data / "mirror.jsonl").write_text((data / "largest.jsonl").read_text())
-        compare_files("tiny", data, here / "runs" / "compare", steps=2, batch=4, seeds=3,
-                      rates=[0.001, 0.004], test_rows=6, say=str)  # fmt: skip
+    (data / "mirror.jsonl").write_text((data / "largest.jsonl").read_text())
+    settings = {"steps": 2, "batch": 4, "seeds": 2, "rates": [0.001], "test_rows": 6}
+    compare_files("tiny", data, here / "runs" / "compare", say=str, **settings)
+    assert len([*(here / "runs" / "compare").glob("compare-*-2.jsonl")]) == 2  # not mixed
 
 
 def test_one_seed_is_refused(here: Path):

@@ -18,11 +18,9 @@ from ..models.methods import adapt
 from ..report.loading import read_block
 from ..tasks.files import Files, lay_out
 from .adapter import foretell
-from .plan import Block, make_block
-from .record import read_records
+from .plan import Settings, make_block
 from .worker import work
 
-NAME = "compare"
 METHODS = ("lora", "rlora")
 RATES = (5e-4, 1e-3, 2e-3)
 SWEEP_SEEDS = (1000,)
@@ -72,6 +70,10 @@ def compare_files(
     for note in notes:
         say(note)
     rates = sorted(rates)
+    shape = Settings(**(settings or {}))
+    digest, seconds = _try(base, folder / "data", steps, batch, blocks, shape)
+    # Checkpoints are found by this name: other data must not go on from them.
+    name = f"compare-{digest[:8]}-{steps}"
     values = {
         "why": "asked for by options",
         "base": base,
@@ -84,11 +86,10 @@ def compare_files(
         "extend": 0,
         "sweep_seeds": SWEEP_SEEDS if len(rates) > 1 else (),
         "seeds": range(seeds),
-        "settings": settings or {},
+        "settings": shape,
     }
-    block = make_block(NAME, values, "")
-    runs = len(METHODS) * (seeds + len(rates) * len(block.sweep_seeds))
-    seconds = _seconds_of_a_run(base, folder / "data", block)
+    plan = {name: make_block(name, values, "")}
+    runs = len(METHODS) * (seeds + len(rates) * len(plan[name].sweep_seeds))
     say(
         f"{runs} trainings, foretold: {runs * seconds / workers / 60:.0f} minutes, and scoring. "
         "What is done is kept; the same command goes on with what is missing."
@@ -96,23 +97,23 @@ def compare_files(
     before = os.environ.get("RLORA_FILES")
     os.environ["RLORA_FILES"] = str((folder / "data").resolve())  # for the workers
     try:
-        work({NAME: block}, folder, Console(), workers=workers)
+        work(plan, folder, Console(), workers=workers)
     finally:
         os.environ.pop("RLORA_FILES")
         if before is not None:
             os.environ["RLORA_FILES"] = before
-    return read_block({NAME: block}, NAME, folder)
+    return read_block(plan, name, folder)
 
 
-def _seconds_of_a_run(base: str, folder: Path, block: Block) -> float:
-    """Of the training. It also says what is wrong with base or rows before any worker starts."""
+def _try(
+    base: str, folder: Path, steps: int, batch: int, blocks: int | None, shape: Settings
+) -> tuple[str, float]:
+    """The digest of the data, and the seconds of a training; it also says what is wrong with base
+    or rows before any worker starts."""
     loaded = load_base(base)
-    suite = Files(loaded, blocks=block.blocks, folder=folder)
-    settings, _ = read_records(folder.parent / f"{NAME}.jsonl")
-    if any(s["data_sha256"] != suite.provenance["data_sha256"] for s in settings.values()):
-        raise LabError(f"{folder.parent} holds runs with other data: choose another --out")
-    model = adapt("rlora", loaded, suite, seed=0, **block.settings.model_dump())
-    seconds = foretell(model, suite, block.steps, block.batch)["seconds"]
+    suite = Files(loaded, blocks=blocks, folder=folder)
+    model = adapt("rlora", loaded, suite, seed=0, **shape.model_dump())
+    seconds = foretell(model, suite, steps, batch)["seconds"]
     del loaded, model
     gc.collect()
-    return seconds
+    return suite.provenance["data_sha256"], seconds
