@@ -73,7 +73,7 @@ def compare_files(
     shape = Settings(**(settings or {}))
     digest, seconds = _try(base, folder / "data", steps, batch, blocks, shape)
     # Checkpoints are found by this name: other data must not go on from them.
-    name = f"compare-{digest[:8]}-{steps}"
+    name = f"compare-{digest[:8]}-{steps}{'-chat' * chat}"
     values = {
         "why": "asked for by options",
         "base": base,
