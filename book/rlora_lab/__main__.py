@@ -132,7 +132,7 @@ def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="folder for what is made")] = Path("runs/adapter"),
     method: Annotated[
-        str, typer.Option(help="rlora, lora of the same size, or another adapter")
+        str, typer.Option(help="rlora, or of the same size lora, mlora or hydralora")
     ] = "rlora",
     steps: Annotated[int, typer.Option(help="training steps", min=1)] = 300,
     lr: Annotated[float, typer.Option(help="learning rate")] = SUITES["files"][0],

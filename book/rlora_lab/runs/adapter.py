@@ -36,7 +36,6 @@ from ..errors import LabError
 from ..models.answers import AnswerModel, as_matrix, has_bf16
 from ..models.bases import Base, load_base
 from ..models.methods import adapt, count_trainable
-from ..names import METHODS, UNTRAINED
 from ..serving.characters import Characters
 from ..speed.instruments import kept_bytes
 from ..tasks.files import Files, Rows, lay_out
@@ -48,7 +47,7 @@ warnings.filterwarnings(  # PEFT looks for the base by its name, which is the la
     "ignore", message="Could not find a config file in .* will assume that the vocabulary"
 )
 
-TRAINABLE = tuple(m for m in METHODS if m not in (UNTRAINED, "heads", "oracle", "rlora-moved"))
+TRAINABLE = ("rlora", "lora", "mlora", "hydralora")
 ROWS = 32  # that are written at once
 PROBE = 4  # rows of each task, to compare outputs on
 PULSE = 20  # seconds between two signs of life
@@ -103,7 +102,9 @@ def foretell(
     seconds = []
     for first in range(0, len(rows), batch):
         start = time.monotonic()
-        loss(rows[first : first + batch]).backward()
+        found = loss(rows[first : first + batch])
+        found.backward()
+        found.item()  # waits for a GPU
         seconds.append(time.monotonic() - start)
         model.zero_grad()
     longest = sorted(suite.training_rows(), key=lambda row: -len(row["ids"]))[:batch]
@@ -194,7 +195,7 @@ def train_adapter(
         base: a folder, "smollm2", "tiny", or a hub id.
         data: a folder of .jsonl files, or one such file, as `rlora_lab.tasks.files` says.
         out: a folder for what is made.
-        method: "rlora", "lora" (of R-LoRA's size), or another adapter of `names.METHODS`.
+        method: out of `TRAINABLE`; all have R-LoRA's size, router counted.
         batch, accumulate: rows of a batch, and batches of a step.
         blocks: adapt the upper so many blocks alone, over outputs of the lower ones that are
             computed once, on CPUs. None: all.
