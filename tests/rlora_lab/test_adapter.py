@@ -194,7 +194,7 @@ def test_an_adapter_that_was_saved_wrong_is_seen(
 
 
 def test_what_can_not_be_trained_is_refused(letters: Path, tmp_path: Path):
-    with pytest.raises(LabError, match="no method 'oracle' to train: allowed are rlora, lora, mlora"):
+    with pytest.raises(LabError, match="no method 'oracle' to train: allowed are rlora, lora"):
         train_adapter("tiny", letters, tmp_path / "out", method="oracle", say=str)
     with pytest.raises(LabError, match="gives no numbers any more: lower the rate of 1e"):
         train_adapter("tiny", letters, tmp_path / "out", say=str, **SHORT | {"lr": 1e30})
