@@ -50,8 +50,9 @@ def letters(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(llama_folder: Path, tmp_path: Path) -> Path:
-    """A small causal model that nobody trained, whose tokenizer has an end."""
+def folder(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small causal model that nobody trained, whose tokenizer has an end; and a cache."""
+    monkeypatch.setenv("RLORA_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "base"
     load_base(str(llama_folder)).model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(llama_folder, eos_token="[SEP]")
