@@ -318,7 +318,7 @@ def test_files_that_nobody_here_made(folder: Path, tmp_path: Path):
     labels = json.loads((data / "labels.json").read_text())
     for task, options in labels.items():
         for split in SPLITS:
-            lines = (data / task / f"{split}.jsonl").read_text().splitlines()
+            lines = (data / task / f"{split}.jsonl").read_text().strip().split("\n")
             rows = [
                 {
                     "prompt": f"{' / '.join(options)}? {row['text']}",

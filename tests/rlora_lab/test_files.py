@@ -47,6 +47,15 @@ def test_a_files_name_says_task_and_split(place: str, validation: str, tmp_path:
         assert rows["sums"][split][0]["from"].endswith(".jsonl, line 1")
 
 
+def test_a_line_ends_where_json_lines_do(tmp_path: Path):
+    odd = numbered(0, 29) + [{"prompt": "a\u2028b\u0085c", "answer": "d"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in odd]
+    (tmp_path / "sums.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    rows, _ = read_files(tmp_path)
+    prompts = [row["prompt"] for own in rows["sums"].values() for row in own]
+    assert sorted(prompts) == sorted(row["prompt"] for row in odd)
+
+
 def test_a_rows_own_task_comes_first(tmp_path: Path):
     for split, rows in SPLITS.items():
         own = [row | {"task": "sums"} for row in rows] + [row | {"task": "more"} for row in rows]

@@ -80,7 +80,8 @@ def _place(path: Path, root: str) -> tuple[str, str | None]:
 def _read(path: Path, name: str) -> list[dict]:
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines, which also splits at U+0085 and U+2028: they stand in people's texts.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise LabError(f"{name} is no text in UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
