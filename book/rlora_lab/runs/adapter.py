@@ -317,6 +317,8 @@ class _Run:
         self.say, self.pulse = say, Pulse(say)
         self.loaded = self._load()
         self.base_name, self.source = self.loaded.name, self.loaded.source
+        if settings["blocks"]:
+            say("the blocks below are computed once, unless they were before")
         self.suite = Files(
             self.loaded, blocks=settings["blocks"], bf16=settings["bf16"], folder=out / "data"
         )
