@@ -73,8 +73,8 @@ TrainRows = Annotated[
 ]
 TestRows = Annotated[int, typer.Option(help="test rows of a task, at most", min=2)]
 Batch = Annotated[int, typer.Option(help="rows of a batch", min=1)]
-Rank = Annotated[int, typer.Option(help="rank of A and of each head", min=1)]
-Heads = Annotated[int, typer.Option(help="heads N", min=1)]
+Rank = Annotated[int, typer.Option(help="rank of A and of each head")]
+Heads = Annotated[int, typer.Option(help="heads N")]
 Alpha = Annotated[float, typer.Option(help="scale alpha / sqrt(r)")]
 Dropout = Annotated[float, typer.Option(help="dropout")]
 

@@ -197,6 +197,9 @@ def test_an_adapter_that_was_saved_wrong_is_seen(
 def test_what_can_not_be_trained_is_refused(letters: Path, tmp_path: Path):
     with pytest.raises(LabError, match="no method 'oracle' to train: allowed are rlora, lora"):
         train_adapter("tiny", letters, tmp_path / "out", method="oracle", say=str)
+    with pytest.raises(LabError, match="r: Input should be greater than or equal to 1, got 0"):
+        train_adapter("tiny", letters, tmp_path / "out", r=0, say=str)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(LabError, match="gives no numbers any more: lower the rate of 1e"):
         train_adapter("tiny", letters, tmp_path / "out", say=str, **SHORT | {"lr": 1e30})
     assert not (tmp_path / "out" / "adapter").exists()

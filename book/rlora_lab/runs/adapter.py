@@ -39,6 +39,7 @@ from ..models.methods import adapt, count_trainable
 from ..serving.characters import Characters
 from ..speed.instruments import kept_bytes
 from ..tasks.files import Files, Rows, lay_out
+from .plan import make_settings
 from .probes import rounded
 from .record import environment, write_whole
 from .training import train
@@ -47,6 +48,7 @@ warnings.filterwarnings(  # PEFT looks for the base by its name, which is the la
     "ignore", message="Could not find a config file in .* will assume that the vocabulary"
 )
 
+SHAPE = ("r", "num_heads", "lora_alpha", "lora_dropout")
 TRAINABLE = ("rlora", "lora", "mlora", "hydralora")
 ROWS = 32  # that are written at once
 PROBE = 4  # rows of each task, to compare outputs on
@@ -230,6 +232,7 @@ def train_adapter(
     }
     if method not in TRAINABLE:
         raise LabError(f"no method {method!r} to train: allowed are {', '.join(TRAINABLE)}")
+    make_settings({name: settings[name] for name in SHAPE}, "")  # only to check them
     rows, notes = _begin(base, data, out, settings)
     for task, splits in rows.items():
         say(f"{task}: " + ", ".join(f"{len(splits[s])} {s}" for s in splits) + " rows")
@@ -357,7 +360,7 @@ class _Run:
 
     def train(self) -> dict:
         own = self.settings
-        shape = {k: own[k] for k in ("r", "num_heads", "lora_alpha", "lora_dropout")}
+        shape = {name: own[name] for name in SHAPE}
         model = adapt(own["method"], self.loaded, self.suite, seed=own["seed"], **shape)
         model.to(self.device)
         parameters = count_trainable(model)[0]

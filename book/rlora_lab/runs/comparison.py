@@ -18,7 +18,7 @@ from ..models.methods import adapt
 from ..report.loading import read_block
 from ..tasks.files import Files, lay_out
 from .adapter import foretell
-from .plan import Settings, make_block
+from .plan import Settings, make_block, make_settings
 from .worker import work
 
 METHODS = ("lora", "rlora")
@@ -70,7 +70,7 @@ def compare_files(
     for note in notes:
         say(note)
     rates = sorted(rates)
-    shape = Settings(**(settings or {}))
+    shape = make_settings(settings or {}, "")
     digest, seconds = _try(base, folder / "data", steps, batch, blocks, shape)
     # Checkpoints are found by this name: other data must not go on from them.
     name = f"compare-{digest[:8]}-{steps}{'-chat' * chat}"
