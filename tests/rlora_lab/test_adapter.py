@@ -102,6 +102,10 @@ def test_one_call_trains_scores_saves_and_exports(method: str, letters: Path, tm
         PeftModel.from_pretrained(load_base("tiny").model, out / "exported")
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and lines[0].keys() >= {"prompt", "answer", "before", "after", "from"}
+    assert all(("exported" in line) == (method == "rlora") for line in lines)
+    for task, own in record["tasks"].items():
+        right = [line["after"] == line["answer"] for line in lines if line["task"] == task]
+        assert own["after"]["exact"] == pytest.approx(sum(right) / 6, abs=1e-4)
     assert not (out / "checkpoints").exists()
     text = "\n".join(said)
     assert "Foretold:" in text and "no option" in text and "saved and loaded again" in text

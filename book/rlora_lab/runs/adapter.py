@@ -5,7 +5,7 @@
     OUT/data/           the splits that were made of the files
     OUT/adapter/        the adapter, adapter_model.safetensors and adapter_config.json
     OUT/exported/       the same as a plain LoRA, for stock PEFT and servers
-    OUT/answers.jsonl   each test row, with what was written before and after
+    OUT/answers.jsonl   each test row, with what was written before, after, and by the export
     OUT/record.json     settings, seeds, scores, what was foretold and what was measured
 
 A run that is stopped goes on from its last checkpoint when it is started again.
@@ -281,7 +281,10 @@ def train_adapter(
         "exported_off": after.get("exported_off"),
         "tasks": found,
     }
-    _write_answers(out / "answers.jsonl", rows, before["texts"], after["texts"])
+    texts = {"before": before["texts"], "after": after["texts"]}
+    if "exported" in after:
+        texts["exported"] = after["exported"]
+    _write_answers(out / "answers.jsonl", rows, texts)
     write_whole(out / "record.json", json.dumps(record, indent=1) + "\n")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     say(scores_text(record))
@@ -474,11 +477,12 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
-def _write_answers(path: Path, rows: Rows, before: dict, after: dict) -> None:
+def _write_answers(path: Path, rows: Rows, texts: dict[str, dict[str, list[str]]]) -> None:
     lines = []
     for task, splits in rows.items():
-        for row, first, last in zip(splits["test"], before[task], after[task], strict=True):
-            lines.append({"task": task, **row, "before": first, "after": last})
+        for i, row in enumerate(splits["test"]):
+            said = {when: own[task][i] for when, own in texts.items()}
+            lines.append({"task": task, **row, **said})
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
