@@ -1,10 +1,11 @@
-"""`python -m rlora_lab run|report|speed|train-base|smollm2|serve`; each takes --help.
+"""`python -m rlora_lab train|compare|run|report|speed|train-base|smollm2|serve`, with --help.
 
 Commands import what they need when they run: torch takes seconds, and `report` does without.
 """
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,34 @@ Seeds = Annotated[
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads", min=1, show_default="PyTorch's own choice")
 ]
+
+
+USUAL = Settings()
+Base = Annotated[str, typer.Option(help="a model's folder, smollm2, tiny, or a hub id")]
+Data = Annotated[
+    Path,
+    typer.Option(
+        help="a folder of .jsonl files, or one: a line has prompt and answer, and may have task "
+        "and options"
+    ),
+]
+Blocks = Annotated[
+    int | None,
+    typer.Option(
+        help="train the upper so many blocks, over outputs of the lower ones, computed once",
+        show_default="all",
+    ),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="put prompts into the base's chat template")]
+TrainRows = Annotated[
+    int | None, typer.Option(help="training rows of a task, at most", show_default="all", min=2)
+]
+TestRows = Annotated[int, typer.Option(help="test rows of a task, at most", min=2)]
+Batch = Annotated[int, typer.Option(help="rows of a batch", min=1)]
+Rank = Annotated[int, typer.Option(help="rank of A and of each head")]
+Heads = Annotated[int, typer.Option(help="heads N")]
+Alpha = Annotated[float, typer.Option(help="scale alpha / sqrt(r)")]
+Dropout = Annotated[float, typer.Option(help="dropout")]
 
 
 def _of_suites(which: int) -> str:
@@ -113,6 +142,121 @@ def _work(
     console.print("All that was asked for is done." if done else "There is more to do.")
 
 
+@app.command()
+def train(
+    base: Base,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder for what is made")] = Path("runs/adapter"),
+    method: Annotated[
+        str, typer.Option(help="rlora, or of the same size lora, mlora or hydralora")
+    ] = "rlora",
+    steps: Annotated[int, typer.Option(help="training steps", min=1)] = 300,
+    lr: Annotated[float, typer.Option(help="learning rate")] = SUITES["files"][0],
+    batch: Batch = SUITES["files"][1],
+    accumulate: Annotated[int, typer.Option(help="batches of a step", min=1)] = 1,
+    blocks: Blocks = None,
+    chat: Chat = False,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(help="products in bf16", show_default="where there are units for it"),
+    ] = None,
+    train_rows: TrainRows = None,
+    test_rows: TestRows = 300,
+    r: Rank = USUAL.r,
+    num_heads: Heads = USUAL.num_heads,
+    lora_alpha: Alpha = USUAL.lora_alpha,
+    lora_dropout: Dropout = USUAL.lora_dropout,
+    seed: Annotated[int, typer.Option(help="seed of splits, adapter, order and dropout")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Train an adapter on your own files; score it before and after; save and export it.
+
+    A folder may hold TASK/train.jsonl, TASK/test.jsonl and TASK/validation.jsonl, or TASK.jsonl,
+    from which test rows are then cut. Chapter 11 goes through it. A run that was stopped goes on
+    where it stopped when it is started again.
+    """
+    from .runs.adapter import train_adapter
+
+    _set_threads(threads)
+    train_adapter(
+        base,
+        data,
+        out,
+        method=method,
+        steps=steps,
+        lr=lr,
+        batch=batch,
+        accumulate=accumulate,
+        blocks=blocks,
+        chat=chat,
+        bf16=bf16,
+        train_rows=train_rows,
+        test_rows=test_rows,
+        r=r,
+        num_heads=num_heads,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        seed=seed,
+        say=partial(print, flush=True),  # into a file too
+    )
+
+
+@app.command()
+def compare(
+    base: Base,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder for what is made")] = Path("runs/compare"),
+    steps: Annotated[int, typer.Option(help="training steps of a run", min=1)] = 300,
+    lr: Annotated[
+        str, typer.Option(help="learning rates, with commas; each method takes its best")
+    ] = "0.0005,0.001,0.002",
+    seeds: Annotated[int, typer.Option(help="seeds on test data", min=2)] = 5,
+    batch: Batch = SUITES["files"][1],
+    blocks: Blocks = None,
+    chat: Chat = False,
+    train_rows: TrainRows = None,
+    test_rows: TestRows = 300,
+    r: Rank = USUAL.r,
+    num_heads: Heads = USUAL.num_heads,
+    lora_alpha: Alpha = USUAL.lora_alpha,
+    lora_dropout: Dropout = USUAL.lora_dropout,
+    workers: Workers = 1,
+) -> None:
+    """LoRA against R-LoRA on your own files, for who has to decide: a verdict in words.
+
+    Both have the same size, router counted, the same rates to choose from, and the same seeds. A
+    comparison that was stopped goes on where it stopped when it is started again.
+    """
+    from .report.tables import tasks_table, text
+    from .report.verdict import verdict_text
+    from .runs.comparison import compare_files
+
+    settings = {
+        "r": r,
+        "num_heads": num_heads,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+    }
+    result = compare_files(
+        base,
+        data,
+        out,
+        steps=steps,
+        rates=_numbers("--lr", lr),
+        seeds=seeds,
+        batch=batch,
+        blocks=blocks,
+        chat=chat,
+        train_rows=train_rows,
+        test_rows=test_rows,
+        settings=settings,
+        workers=workers,
+    )
+    print(text(tasks_table(result), width=100), end="\n\n")
+    print(verdict_text(result))
+    print(f"{result['machine']}, {result['date']}; kept in {out}")
+
+
 @run_app.command()
 def evidence(
     plan: Plan = PLAN,
@@ -162,20 +306,11 @@ def quality(
         int | None,
         typer.Option(help="examples a step", show_default=_of_suites(1), min=1),
     ] = None,
-    blocks: Annotated[
-        int | None,
-        typer.Option(
-            help="suite language: train the upper so many blocks, over outputs of the lower ones "
-            "that are computed once",
-            show_default="all",
-        ),
-    ] = None,
-    r: Annotated[int, typer.Option(help="rank of A and of each head")] = Settings().r,
-    num_heads: Annotated[int, typer.Option(help="heads N")] = Settings().num_heads,
-    lora_alpha: Annotated[
-        float, typer.Option(help="scale alpha / sqrt(r)")
-    ] = Settings().lora_alpha,
-    lora_dropout: Annotated[float, typer.Option(help="dropout")] = Settings().lora_dropout,
+    blocks: Blocks = None,
+    r: Rank = USUAL.r,
+    num_heads: Heads = USUAL.num_heads,
+    lora_alpha: Alpha = USUAL.lora_alpha,
+    lora_dropout: Dropout = USUAL.lora_dropout,
     workers: Workers = 1,
     minutes: Minutes = float("inf"),
     records: Annotated[Path, typer.Option(help="folder of the records")] = Path("runs"),

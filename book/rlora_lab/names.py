@@ -24,7 +24,12 @@ METHODS = (
 )
 """What each is: `rlora_lab.models.methods`."""
 
-SUITES = {"synthetic": (4e-3, 64), "sentences": (1e-3, 36), "language": (1e-3, 32)}
+SUITES = {
+    "synthetic": (4e-3, 64),
+    "sentences": (1e-3, 36),
+    "language": (1e-3, 32),
+    "files": (1e-3, 32),
+}
 """Their usual learning rate and batch. What each asks: `rlora_lab.tasks`."""
 
 AUGMENTATIONS = ("as they are", "rename", "shuffle")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from chapter_code import BOOK, cell_code, read
-from lab_helpers import needs_smollm2
+from chapter_code import BOOK, read
+from lab_helpers import make_tokenizer, needs_smollm2
 from nbclient import NotebookClient
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,7 +58,6 @@ def run(**environment: str) -> str:
 
 def stand_in(folder: Path) -> None:
     """A model of six small random blocks, in SmolLM2's place."""
-    make_tokenizer = cell_code("11_real_model", "make_tokenizer").make_tokenizer
     tokenizer = make_tokenizer(["Today Yesterday yes no"])
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,13 +1,28 @@
-"""Chapter 11: data that does not fit is refused, only the answer counts, only a match is right."""
+"""Chapter 11: it runs on SmolLM2 and on the tiny base, its record is whole, and the hub's sets that
+do not fit are refused."""
 
 import json
-from dataclasses import replace
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
-from chapter_code import chapter_code
+from chapter_code import BOOK, read
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from lab_helpers import make_tokenizer, needs_smollm2
+from nbclient import NotebookClient
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlora_lab.errors import LabError
+from rlora_lab.models.bases import smollm2_folder
+from rlora_lab.report.loading import load_result
+from rlora_lab.tasks import questions
+from rlora_lab.tasks.files import read_files
+from rlora_lab.tasks.questions import SOURCES, check, load_split, to_text, write_questions
+
+CHAPTER = BOOK / "11_real_model.ipynb"
 
 # A made-up row of each data set, with the columns of its card.
 CHOICES = {"text": ["a fork", "a spoon", "a cup", "a pan"], "label": list("ABCD")}
@@ -46,32 +61,106 @@ ROWS = {
     "arc-challenge": {"id": "1", "question": "Which?", "choices": NUMBERED, "answerKey": "3"},
 }
 ANSWERS = {
-    "boolq": " B",
-    "piqa": " A",
-    "siqa": " B",
-    "hellaswag": " A",
-    "winogrande": " B",
-    "obqa": " B",
-    "arc-easy": " D",
-    "arc-challenge": " C",
+    "boolq": "B",
+    "piqa": "A",
+    "siqa": "B",
+    "hellaswag": "A",
+    "winogrande": "B",
+    "obqa": "B",
+    "arc-easy": "D",
+    "arc-challenge": "C",
 }
 HIDDEN = {"piqa": {"label": -1}, "hellaswag": {"label": ""}, "winogrande": {"answer": ""}}
 
 
-@pytest.fixture(scope="module")
-def chapter(tmp_path_factory):
-    work = tmp_path_factory.mktemp("chapter")
-    return chapter_code("11_real_model", work=work)
+def run(**environment: str) -> str:
+    """What the chapter prints, run whole in a kernel of its own."""
+    notebook = read(CHAPTER)
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(BOOK)}}
+    )
+    client.execute(env=os.environ | environment)
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    return "".join(out.get("text", "") for out in outputs)
 
 
-@pytest.fixture(scope="module")
-def base(chapter):
-    """The preset `smoke` with its files, its tokenizer, and its rows to train on."""
-    preset = chapter.PRESETS["smoke"]
-    chapter.write_questions(preset.data, preset.tasks, {"train": 60, "validation": 20})
-    rows = chapter.load_rows(preset, "train", 60)
-    chapter.write_base(chapter.Path(preset.model), [r["prompt"] + r["answer"] for r in rows])
-    return preset, chapter.AutoTokenizer.from_pretrained(preset.model), rows
+def stand_in(folder: Path, scale: float = 1.0) -> None:
+    """A model of six small random blocks, in SmolLM2's place; `scale` makes its logits larger."""
+    tokenizer = make_tokenizer(["Today Yesterday yes no"])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data *= scale
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def easy_rows(folder: Path) -> None:
+    """The chapter's two tasks with one answer each."""
+    for task, word in (("past_tense", "Today"), ("units", "Yesterday")):
+        for first, split in enumerate(("train", "validation", "test")):
+            options = ["yes", "no", "Today"] if task == "units" else None
+            rows = [
+                {"prompt": f"{word} {100 * first + n}", "answer": "yes", "options": options}
+                for n in range(30)
+            ]
+            (folder / task).mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / task / f"{split}.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_it_runs_on_a_language_model(scale: float, tmp_path: Path):
+    """With logits that make a loss of about 20 too, where roundings are larger than 1e-5."""
+    stand_in(tmp_path / "cache" / smollm2_folder().name, scale)
+    easy_rows(tmp_path / "language")
+    printed = run(
+        RLORA_CACHE=str(tmp_path / "cache"),
+        RLORA_LANGUAGE=str(tmp_path / "language"),
+        HF_HUB_OFFLINE="1",
+    )
+    assert "What stands below was made with smollm2." in printed
+    assert re.search(r"^units +20 +33%", printed, re.M)
+    assert "off from the mean over answers" in printed
+
+
+@needs_smollm2
+@pytest.mark.skipif(
+    "RLORA_LANGUAGE" not in os.environ and find_spec("bigbench") is None,
+    reason="the language tasks are not here: RLORA_LANGUAGE names their folder",
+)
+def test_it_runs_on_smollm2():
+    assert "What stands below was made with smollm2." in run()
+
+
+def test_it_runs_on_the_tiny_base(tmp_path: Path):
+    printed = run(RLORA_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert "What stands below was made with tiny." in printed
+    assert re.search(r"^largest +100 +12%", printed, re.M)
+
+
+def test_the_page_shows_what_every_machine_can_make():
+    outputs = [out for cell in read(CHAPTER).cells for out in cell.get("outputs", [])]
+    assert "made with tiny" in "".join(out.get("text", "") for out in outputs)
+
+
+def test_the_record_is_of_smollm2_and_whole():
+    found = load_result("practice-smollm2", say=False)
+    assert found["base"] == "smollm2" and "--base smollm2 --data language" in found["command"]
+    assert len(found["tasks"]) == 8 and found["settings"]["steps"] >= 200
+    for own in found["tasks"].values():
+        assert own["rows"]["test"] >= 60 and 0 < own["chance"] < 1
+        for when in ("before", "after", "exported"):
+            assert 0 <= own[when]["exact"] <= 1
+    assert found["reloaded_off"] < 0.1 and found["exported_off"]["relative"] > 0
 
 
 def write(folder, task, rows, split="train"):
@@ -80,18 +169,18 @@ def write(folder, task, rows, split="train"):
     (folder / task / f"{split}.jsonl").write_text(text)
 
 
-def test_every_data_set_has_a_row_here(chapter):
-    assert ROWS.keys() == chapter.SOURCES.keys() == ANSWERS.keys()
+def test_every_set_has_a_row_here():
+    assert ROWS.keys() == SOURCES.keys() == ANSWERS.keys()
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_a_row_in_the_hubs_format_becomes_a_prompt_and_a_letter(task, chapter, tmp_path):
+def test_a_row_in_the_hubs_format_becomes_a_prompt_and_a_letter(task, tmp_path):
     write(tmp_path, task, [ROWS[task]])
-    (row,) = chapter.load_split(task, "train", tmp_path)
-    text = chapter.to_text(task, row)
+    (row,) = load_split(task, "train", tmp_path)
+    text = to_text(task, row)
     assert text["answer"] == ANSWERS[task]
     letters = [line[0] for line in text["prompt"].splitlines() if line[1:3] == ". "]
-    assert letters == list("ABCD"[: text["options"]])
+    assert letters == text["options"] == list("ABCD"[: len(letters)])
     assert text["prompt"].endswith("\nAnswer:")
     for value in ROWS[task].values():  # what is asked stands in the prompt
         if isinstance(value, str) and len(value) > 8 and value != "indomain":
@@ -99,197 +188,93 @@ def test_a_row_in_the_hubs_format_becomes_a_prompt_and_a_letter(task, chapter, t
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_a_renamed_column_is_named(task, chapter):
-    for column in chapter.SOURCES[task].columns:
+def test_a_renamed_column_is_named(task):
+    for column in SOURCES[task].columns:
         row = dict(ROWS[task])
         row[f"{column}_new"] = row.pop(column)
-        with pytest.raises(ValueError) as error:
-            chapter.check(task, Dataset.from_list([row]), "the file")
+        with pytest.raises(LabError) as error:
+            check(task, Dataset.from_list([row]), "the file")
         message = str(error.value)
         assert message.startswith(f"{task}: the file lacks {column};")
-        assert f"{column}_new" in message and chapter.SOURCES[task].hub_id in message
+        assert f"{column}_new" in message and SOURCES[task].hub_id in message
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_a_column_of_another_type_is_named_with_its_row(task, chapter):
+def test_a_column_of_another_type_is_named_with_its_row(task):
     good = [ROWS[task]] * 2
-    chapter.check(task, Dataset.from_list(good), "the file")
-    for column in chapter.SOURCES[task].columns:
+    check(task, Dataset.from_list(good), "the file")
+    for column in SOURCES[task].columns:
         rows = Dataset.from_list([*good, ROWS[task] | {column: None}])
-        with pytest.raises(ValueError, match=rf"{task}: in row 3 of the file {column} is NoneType"):
-            chapter.check(task, rows, "the file")
+        with pytest.raises(LabError, match=rf"{task}: in row 3 of the file {column} is NoneType"):
+            check(task, rows, "the file")
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
-def test_an_empty_or_missing_task_is_named(content, chapter, tmp_path):
-    with pytest.raises(ValueError, match="siqa: siqa/train.jsonl is missing"):
-        chapter.load_split("siqa", "train", tmp_path)
+def test_an_empty_or_missing_set_is_named(content, tmp_path):
+    with pytest.raises(LabError, match="siqa: siqa/train.jsonl is missing"):
+        load_split("siqa", "train", tmp_path)
     write(tmp_path, "siqa", [])
     (tmp_path / "siqa" / "train.jsonl").write_text(content)
-    with pytest.raises(ValueError, match="siqa: siqa/train.jsonl is empty"):
-        chapter.load_split("siqa", "train", tmp_path)
+    with pytest.raises(LabError, match="siqa: siqa/train.jsonl is empty"):
+        load_split("siqa", "train", tmp_path)
 
 
-def test_a_file_that_is_no_json_is_named(chapter, tmp_path):
+def test_a_file_that_is_no_json_is_named(tmp_path):
     write(tmp_path, "siqa", [ROWS["siqa"]])
     (tmp_path / "siqa" / "train.jsonl").write_text('{"context": "Ann')
-    with pytest.raises(ValueError, match="siqa: siqa/train.jsonl can't be read"):
-        chapter.load_split("siqa", "train", tmp_path)
+    with pytest.raises(LabError, match="siqa: siqa/train.jsonl can't be read"):
+        load_split("siqa", "train", tmp_path)
 
 
 @pytest.mark.parametrize("task", HIDDEN)
-def test_a_hidden_label_is_refused(task, chapter):
-    with pytest.raises(ValueError, match=f"{task}: no usable label in the row"):
-        chapter.to_text(task, ROWS[task] | HIDDEN[task])
+def test_a_hidden_label_is_refused(task):
+    with pytest.raises(LabError, match=f"{task}: no usable label in the row"):
+        to_text(task, ROWS[task] | HIDDEN[task])
 
 
-def test_an_answer_that_is_no_option_is_refused(chapter):
+def test_an_answer_that_is_no_option_is_refused():
     for task, wrong in {"obqa": {"answerKey": "E"}, "siqa": {"label": "4"}}.items():
-        with pytest.raises(ValueError, match=f"{task}: no usable label"):
-            chapter.to_text(task, ROWS[task] | wrong)
+        with pytest.raises(LabError, match=f"{task}: no usable label"):
+            to_text(task, ROWS[task] | wrong)
 
 
-def test_the_hub_is_asked_by_id_and_config_and_checked(chapter, monkeypatch):
+def test_a_set_that_nobody_knows_is_named():
+    with pytest.raises(LabError, match="unknown set 'weather': allowed are boolq, piqa"):
+        load_split("weather", "train")
+
+
+def test_the_hub_is_asked_by_id_and_config_and_checked(monkeypatch):
     asked = []
 
     def from_hub(hub_id, config, split):
         asked.append((hub_id, config, split))
         return Dataset.from_list([{"question_stem": "?", "options": CHOICES, "answerKey": "A"}])
 
-    monkeypatch.setattr(chapter, "load_dataset", from_hub)
-    with pytest.raises(ValueError, match="split train of allenai/openbookqa lacks choices"):
-        chapter.load_split("obqa", "train")
+    monkeypatch.setattr(questions, "load_dataset", from_hub)
+    with pytest.raises(LabError, match="split train of allenai/openbookqa lacks choices"):
+        load_split("obqa", "train")
     assert asked == [("allenai/openbookqa", "main", "train")]
 
 
-def test_without_a_hub_the_error_says_what_to_do(chapter):
-    with pytest.raises(ValueError, match="boolq: split train of google/boolq could not be loaded"):
-        chapter.load_split("boolq", "train")
+def test_without_a_hub_the_error_says_what_to_do():
+    with pytest.raises(LabError, match="boolq: split train of google/boolq could not be loaded"):
+        load_split("boolq", "train")
 
 
-def test_made_up_questions_stand_once(chapter, tmp_path):
-    rows = {"train": 40, "validation": 12}
-    chapter.write_questions(tmp_path, ["boolq", "siqa", "obqa"], rows)
-    for task in ("boolq", "siqa", "obqa"):
-        prompts = []
-        for split, most in rows.items():
-            found = chapter.load_split(task, split, tmp_path)
-            assert len(found) == most
-            prompts += [chapter.to_text(task, row)["prompt"] for row in found]
-        assert len(set(prompts)) == len(prompts)
-    with pytest.raises(ValueError, match="siqa: only"):
-        chapter.write_questions(tmp_path, ["siqa"], {"train": 10_000, "validation": 1})
-
-
-def test_the_answer_and_the_end_count_and_survive_a_cut(chapter, base):
-    _, tokenizer, rows = base
-    whole = chapter.encode(tokenizer, rows[0], 1000)
-    start = whole["labels"].count(-100)
-    assert whole["labels"][start:] == whole["input_ids"][start:]
-    assert tokenizer.decode(whole["input_ids"][:start]) == rows[0]["prompt"]
-    assert tokenizer.decode(whole["input_ids"][start:]) == rows[0]["answer"] + tokenizer.eos_token
-    cut = chapter.encode(tokenizer, rows[0], 10)
-    assert cut == {key: values[-10:] for key, values in whole.items()}
-
-
-def test_a_batch_is_padded_on_the_left(chapter):
-    rows = [
-        {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9]},
-        {"input_ids": [5, 6, 9], "labels": [-100, 6, 9]},
-    ]
-    batch = chapter.collate(rows, pad=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [0, 0, 5, 6, 9]]
-    assert batch["attention_mask"].tolist() == [[1] * 5, [0, 0, 1, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, 7, 8, 9], [-100, -100, 6, 9]]
-    assert batch["logits_to_keep"] == 4
-
-
-@pytest.mark.parametrize(
-    ("model", "config"), [(LlamaForCausalLM, LlamaConfig), (Qwen2ForCausalLM, Qwen2Config)]
-)
-def test_the_loss_is_the_mean_over_the_answers(model, config, chapter, base):
-    _, tokenizer, rows = base
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    model = model(config(vocab_size=len(tokenizer), **sizes)).eval().double()
-    encoded = [chapter.encode(tokenizer, row, 64) for row in rows[::20]]
-    assert len({len(row["input_ids"]) for row in encoded}) > 1
-    logs = []
-    with torch.no_grad():
-        for row in encoded:
-            log = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
-            places = [i for i, label in enumerate(row["labels"]) if label != -100]
-            logs += [log[i - 1, row["input_ids"][i]].item() for i in places]
-        batch = chapter.collate(encoded, tokenizer.pad_token_id)
-        loss = model(**batch).loss.item()
-        assert abs(loss + sum(logs) / len(logs)) < 1e-5
-        # made wrong: one place too few, and the first token of the answers is lost
-        short = batch["logits_to_keep"] - 1
-        wrong = batch | {"logits_to_keep": short, "labels": batch["labels"][:, -short:]}
-        assert abs(model(**wrong).loss.item() - loss) > 1e-3
-
-
-class Writes:
-    """In place of a model: writes the same text after every prompt."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, tokenizer, text):
-        self.written = tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def eval(self):
-        return self
-
-    def generate(self, input_ids, attention_mask, generation_config):
-        assert not generation_config.do_sample
-        assert (attention_mask[:, -1] == 1).all()  # nothing between prompt and answer
-        new = self.written[: generation_config.max_new_tokens]
-        return torch.cat([input_ids, torch.tensor([new] * len(input_ids))], 1)
-
-
-def test_only_a_whole_match_is_right(chapter, base):
-    _, tokenizer, rows = base
-    share = {}
-    for text in (" A<end>", " B<end>", " A A", " a<end>"):
-        found = chapter.score(Writes(tokenizer, text), tokenizer, rows, 64)
-        assert {task: len(right) for task, right in found.items()} == {
-            task: sum(row["task"] == task for row in rows) for task in found
+def test_sets_become_files_that_are_read(tmp_path):
+    numbers = {
+        "obqa": [ROWS["obqa"] | {"question_stem": f"You eat soup {n}"} for n in range(40)],
+        "boolq": [ROWS["boolq"] | {"passage": f"It rains {n}."} for n in range(40)],
+    }
+    for task, rows in numbers.items():
+        write(tmp_path / "hub", task, rows[:30])
+        write(tmp_path / "hub", task, rows[30:], "validation")
+    settings = {"source": tmp_path / "hub", "train_rows": 20, "test_rows": 8}
+    write_questions(tmp_path / "files", list(numbers), **settings)
+    rows, _ = read_files(tmp_path / "files")
+    for task, number in (("obqa", 4), ("boolq", 2)):
+        assert [len(rows[task][split]) for split in ("train", "validation", "test")] == [18, 2, 8]
+        assert len(rows[task]["test"][0]["options"]) == number
+        assert {row["prompt"] for row in rows[task]["test"]} <= {
+            to_text(task, row)["prompt"] for row in numbers[task][30:]
         }
-        share[text] = {task: sum(right) for task, right in found.items()}
-    for letter in "AB":
-        counted = {t: 0 for t in share[" A A"]}
-        for row in rows:
-            counted[row["task"]] += row["answer"] == f" {letter}"
-        assert share[f" {letter}<end>"] == counted
-    assert sum(share[" A A"].values()) == sum(share[" a<end>"].values()) == 0
-
-
-def test_training_moves_the_adapter_and_nothing_else(chapter, base):
-    preset, tokenizer, rows = base
-    preset = replace(preset, steps=20)
-    model = chapter.load_model(preset)
-    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    moved = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
-    losses = chapter.train(model, tokenizer, rows, preset)
-    assert losses[-1] < losses[0] / 2
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.float32
-        assert torch.equal(parameter, (frozen | moved)[name]) == (name in frozen)
-
-
-@pytest.mark.parametrize(
-    ("capability", "expected"),
-    [
-        (None, {}),
-        ((7, 5), {"bf16": False, "fp16": True}),  # a T4
-        ((8, 0), {"bf16": True, "fp16": False}),
-    ],
-)
-def test_precision_asks_for_what_the_gpu_does_in_hardware(
-    capability, expected, chapter, monkeypatch
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # what a T4 says
-    assert chapter.precision() == expected

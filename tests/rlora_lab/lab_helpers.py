@@ -1,14 +1,34 @@
 """Plan files and made-up records, for the tests of `rlora_lab`; what a real model needs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from rlora_lab.models.bases import smollm2_folder
 
 needs_smollm2 = pytest.mark.skipif(
     not smollm2_folder().is_dir(), reason="SmolLM2 is not here: make smollm2 fetches it"
 )
+
+
+def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that learned up to 1024 pieces from some texts."""
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "eos_token": "<end>"}
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pieces.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, **special)
+
 
 BLOCK = {
     "why": "a test",

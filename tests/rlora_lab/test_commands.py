@@ -96,6 +96,16 @@ def test_bad_input(options: list[str], message: str, command, here: Path):
     assert re.search(message, error) and not list(here.rglob("*.jsonl"))
 
 
+@pytest.mark.parametrize("name", ["train", "compare"])
+def test_files_that_are_wrong(name: str, command, here: Path):
+    (here / "mine").mkdir()
+    (here / "mine" / "sums.jsonl").write_text('{"question": "2 + 2", "answer": "4"}\n')
+    code, said, error = command(name, "--base", "tiny", "--data", "mine")
+    assert code == 2 and not said
+    assert error == ("error: sums.jsonl, line 1 has no field 'prompt'; it has question, answer\n")
+    assert not (here / "runs").exists()
+
+
 def test_status_of_a_plan(command, here: Path):
     plan_file(here, a={"tasks": ["mirror"]})
     asked = ["run", "evidence", "--plan", "plan.toml", "--records", "records"]
@@ -115,7 +125,11 @@ def test_the_recorded_chapters_have_nothing_left_to_do(command):
 
 
 HELP = {
-    "": "run report speed train-base serve",
+    "": "train compare run report speed train-base serve",
+    "train": "--base --data --out --method --steps --lr --batch --accumulate --blocks --chat "
+    "--bf16 --train-rows --test-rows --r --num-heads --lora-alpha --lora-dropout --seed --threads",
+    "compare": "--base --data --out --steps --lr --seeds --batch --blocks --chat --train-rows "
+    "--test-rows --r --num-heads --lora-alpha --lora-dropout --workers",
     "run": "evidence quality study scarce",
     "run evidence": "--plan --records --only --methods --minutes --workers --status",
     "run quality": "--base --suite --methods --seeds --sweep-seeds --steps --lr --batch --r "
@@ -140,7 +154,7 @@ def test_help_names_every_option(command_line: str):
 READING = """
 import sys, time
 start = time.process_time()
-from rlora_lab.report import loading, pictures, published, questions, tables, write
+from rlora_lab.report import loading, pictures, published, questions, tables, verdict, write
 loading.load_evidence("synthetic", say=False)
 print(time.process_time() - start)
 assert not {"torch", "transformers", "datasets", "peft"} & set(sys.modules)

@@ -336,7 +336,7 @@ def test_what_does_not_fit(llama_folder: Path, bert_folder: Path, made_up_folder
         load_rows("weather")
     with pytest.raises(LabError, match="'language' does not fit base 'tiny'"):
         load_suite("language", load_base("tiny"))
-    with pytest.raises(LabError, match="blocks is for the suite language"):
+    with pytest.raises(LabError, match="blocks is for the suites language and files"):
         load_suite("sentences", load_base(str(bert_folder)), blocks=1)
 
 

@@ -112,6 +112,15 @@ class AnswerModel(nn.Module):
         return {"logits": logits, "loss": F.cross_entropy(logits, torch.cat(targets))}
 
 
+def as_matrix(head: nn.Module) -> None:
+    """Let a model's head see whole tensors only, in place.
+
+    A model that keeps the last places alone hands its head a slice. On CPUs torch multiplies that
+    row by row, and in bf16 copies the head's weights, all words of the vocabulary, once a row.
+    """
+    head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+
+
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Rows of tokens, padded on the right with 0, and their mask; both (n, longest)."""
     lengths = torch.tensor([len(row) for row in rows])

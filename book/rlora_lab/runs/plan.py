@@ -285,6 +285,18 @@ class Run:
         return self.block.name, self.stage, self.method, choice, self.seed
 
 
+def make_settings(values: dict, where: str) -> Settings:
+    """What adapters have in common, checked.
+
+    Raises:
+        LabError: what is wrong with which of them, after the words of `where`.
+    """
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise LabError(where + _words(error)) from error
+
+
 def make_block(name: str, values: dict, where: str) -> Block:
     """A block from the values of its table.
 
@@ -319,10 +331,7 @@ def load_plan(path: Path = PLAN) -> dict[str, Block]:
         tables = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise LabError(f"{path} is no readable TOML file: {error}") from error
-    try:
-        settings = Settings(**tables.pop("settings", {}))
-    except ValidationError as error:
-        raise LabError(f"plan, settings: {_words(error)}") from error
+    settings = make_settings(tables.pop("settings", {}), "plan, settings: ")
     plan: dict[str, Block] = {}
     for name, table in tables.items():
         where = f"plan, block {name!r}: "

@@ -23,8 +23,8 @@ and what its kind adds. Of the kind "compare", in the test alone:
     kept_bytes          what autograd keeps for the backward of a training batch, beside parameters
     similarity          mean cosine of the heads, and of their change: {"heads", "change"}, or null
     looks               [[step, validation scores]] on the way, in the suite language
-    rows                {metric: [each task's rows, 1 for right and 0 for wrong]}, in the suite
-                        language
+    rows                {metric: [each task's rows, 1 for right and 0 for wrong]}, in the suites
+                        language and files
     entropy             of the routing in units of ln N, a mean over modules, by task: 1 is uniform;
                         null without a router
 

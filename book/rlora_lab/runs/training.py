@@ -41,6 +41,7 @@ def train(
     steps: int,
     lr: float | None = None,
     batch: int | None = None,
+    accumulate: int = 1,
     seed: int = 0,
     folder: Path | None = None,
     save_steps: int = 50,
@@ -53,6 +54,7 @@ def train(
 
     Args:
         lr, batch: the suite's defaults, where None.
+        accumulate: batches whose mean gradient makes a step, where one of them is all that fits.
         folder: keeps a checkpoint about each `save_steps` steps, and the next call with the same
             folder goes on from the last of them. None keeps nothing.
         on_step: called with the number of steps done.
@@ -72,6 +74,7 @@ def train(
                 str(folder or nothing),
                 max_steps=steps,
                 per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulate,
                 learning_rate=lr,
                 lr_scheduler_type="cosine",
                 warmup_steps=math.ceil(0.03 * steps),
@@ -86,7 +89,7 @@ def train(
                 disable_tqdm=True,
                 report_to="none",
             ),
-            train_dataset=suite.training_set(steps * batch, seed),
+            train_dataset=suite.training_set(steps * batch * accumulate, seed),
             data_collator=suite.collate,
             callbacks=[_Report(on_step)] if on_step else None,
         )

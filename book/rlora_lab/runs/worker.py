@@ -61,8 +61,8 @@ def setting_of(block: Block, workers: int) -> dict:
 def compare(run: Run, suite: Suite, folder: Path | None) -> dict:
     """Train a method on the suite's mixed tasks and score it.
 
-    In the suite language each row's result is kept, and of a test the scores on validation data
-    after a quarter and a half of the steps.
+    In the suites language and files each row's result is kept; in language, of a test, the scores
+    on validation data after a quarter and a half of the steps.
     """
     block = run.block
     settings = block.settings.model_dump() | dict(run.tuned)
@@ -81,7 +81,7 @@ def compare(run: Run, suite: Suite, folder: Path | None) -> dict:
             record["kept_bytes"] = training_bytes(model, suite, block.batch)
         record |= _train(run, suite, model, folder)
     split = "test" if test else "validation"
-    if block.suite == "language":
+    if block.suite in ("language", "files"):
         results = suite.results(model, split)
         record[split] = by_metric(suite.shares(results), suite)
         record["rows"] = row_strings(results, suite)

@@ -9,6 +9,10 @@ class Characters:
     """`encode` and `decode`, and what else is asked of a tokenizer here."""
 
     pad_token_id, chat_template = 0, None
+    eos_token_id = VOCABULARY.index("=")  # for files whose answers end
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        return {"input_ids": self.encode(text)}
 
     def encode(self, text: str) -> list[int]:
         """ValueError: a character that the base does not know."""

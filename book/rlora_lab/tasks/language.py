@@ -325,9 +325,11 @@ class Language:
         most: int | None = None,
     ) -> None:
         if base.tokenizer is None or base.model.get_output_embeddings() is None:
-            raise LabError(f"suite 'language' needs a causal model with a tokenizer: {base.name!r}")
+            raise LabError(
+                f"suite {self.name!r} needs a causal model with a tokenizer: {base.name!r}"
+            )
         if base.tokenizer.eos_token_id is None:
-            raise LabError(f"suite 'language': the tokenizer of {base.name!r} has no end token")
+            raise LabError(f"suite {self.name!r}: the tokenizer of {base.name!r} has no end token")
         depth = base.model.config.num_hidden_layers
         if blocks is not None and not 0 < blocks < depth:
             raise LabError(f"blocks must be between 1 and {depth - 1} of {depth}, got {blocks}")
@@ -339,7 +341,7 @@ class Language:
         sources = {}
         digest = hashlib.sha256()
         for task in self.tasks:
-            splits, sources[task] = load_rows(task)
+            splits, sources[task] = self._load(task)
             for split, rows in splits.items():
                 kept = rows[:most]
                 digest.update(json.dumps(kept).encode())
@@ -360,6 +362,12 @@ class Language:
             "bf16": self.bf16,
         }
 
+    def _load(self, task: str) -> tuple[dict[str, list[dict]], str]:
+        return load_rows(task)
+
+    def _prompt(self, text: str) -> list[int]:
+        return self._ids(text + "\n")
+
     def _encode(self, rows: list[dict], split: str, task: int) -> list[dict]:
         """Tokens, one entry for each option where the row has any and is not for training."""
         encoded = []
@@ -367,7 +375,7 @@ class Language:
             options = [row["answer"]]
             if split != "train" and row["options"]:
                 options = row["options"]
-            prompt = self._ids(row["prompt"] + "\n")
+            prompt = self._prompt(row["prompt"])
             for option in options:
                 answer = self._ids(option) + [self.tokenizer.eos_token_id]
                 encoded.append(
@@ -428,8 +436,11 @@ class Language:
         return self.collate(rows[:size])
 
     @torch.no_grad()
-    def results(self, model: nn.Module, split: str = "test") -> dict[str, dict[str, list[bool]]]:
-        """`{task: {"exact": [...], "choice": [...]}}`, in the order of the rows.
+    def results(
+        self, model: nn.Module, split: str = "test", tasks: Sequence[str] | None = None
+    ) -> dict[str, dict[str, list[bool]]]:
+        """`{task: {"exact": [...], "choice": [...]}}`, in the order of the rows; of all tasks, or
+        those named.
 
         A row is exact where the model gives the answer's every token and the end token the highest
         probability, each after the right ones before it: that is when greedy decoding writes it.
@@ -440,7 +451,7 @@ class Language:
         model.eval()
         device = next(model.parameters()).device
         found = {}
-        for task in self.tasks:
+        for task in self.tasks if tasks is None else tasks:
             # In the order that `collate` leaves as it is.
             entries = sorted(self._rows[task, split], key=lambda entry: len(entry["ids"]))
             exact: dict[int, bool] = {}

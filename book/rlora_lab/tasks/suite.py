@@ -12,8 +12,8 @@ from ..names import SUITES
 
 
 class Suite(Protocol):
-    """Tasks to train on and to measure: `strings.Synthetic`, `sentences.Sentences` and
-    `language.Language`."""
+    """Tasks to train on and to measure: `strings.Synthetic`, `sentences.Sentences`,
+    `language.Language` and `files.Files`."""
 
     name: str
     tasks: tuple[str, ...]
@@ -60,10 +60,14 @@ def load_suite(
 ) -> Suite:
     """The suite by name, for a base that fits it; of all its tasks, or of those named.
 
-    `blocks` trains the upper so many blocks alone, in the suite language.
+    `blocks` trains the upper so many blocks alone, in the suites language and files.
     """
     if name not in SUITES:
         raise LabError(f"unknown suite {name!r}: allowed are {', '.join(SUITES)}")
+    if name == "files":
+        from .files import Files
+
+        return Files(base, tasks, blocks)
     if (name == "synthetic") != (base.name == "tiny"):
         raise LabError(
             f"suite {name!r} does not fit base {base.name!r}: synthetic needs the base tiny, which "
@@ -71,7 +75,7 @@ def load_suite(
             "language a causal one, such as smollm2"
         )
     if blocks is not None and name != "language":
-        raise LabError(f"blocks is for the suite language, not for {name}")
+        raise LabError(f"blocks is for the suites language and files, not for {name}")
     if name == "language":
         from .language import Language
 
