@@ -78,8 +78,8 @@ def heights(pages: list[Path]) -> list[tuple[int, int]]:
 
 
 def folded(cells: list[dict]) -> list[tuple[str, int, str]]:
-    """Of each folded cell what it does ("drawing", "check", "solution"), its lines, the heading that
-    it stands under."""
+    """Of each folded cell what it does ("drawing", "check", "solution"), how many lines it has, and
+    the heading that it stands under."""
     found, under = [], ""
     for cell in cells:
         source = "".join(cell["source"])
