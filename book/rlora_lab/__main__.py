@@ -40,8 +40,8 @@ Workers = Annotated[int, typer.Option(help="processes, of one thread each", min=
 Ray = Annotated[
     str,
     typer.Option(
-        help="local, or the address of a Ray cluster that does the runs, --workers of them at once; "
-        "its machines need this package and, as here, RLORA_DATA or RLORA_LANGUAGE",
+        help="local, or the address of a Ray cluster that does the runs, --workers at once; its "
+        " machines need this package and, as here, RLORA_DATA or RLORA_LANGUAGE",
         show_default="processes of this machine",
     ),
 ]
