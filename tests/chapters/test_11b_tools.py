@@ -144,7 +144,8 @@ def test_an_adapter_on_a_gguf_base(tmp_path):
     write_gguf(tmp_path / "model.gguf")
 
     def read_base():
-        return AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").float()
+        how = {"gguf_file": "model.gguf", "dtype": torch.float32}
+        return AutoModelForCausalLM.from_pretrained(tmp_path, **how)
 
     assert gguf.GGUFReader(tmp_path / "model.gguf").tensors
     config = RLoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_seed=0)

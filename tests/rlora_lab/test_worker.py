@@ -221,7 +221,7 @@ def test_two_workers_on_ray_give_the_records_of_one(here: Path):
     command += ["--records", "on-ray", "--ray", "local", "--workers", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=here, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=here, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     alone, on_ray = (here / folder / "a.jsonl" for folder in ("alone", "on-ray"))
