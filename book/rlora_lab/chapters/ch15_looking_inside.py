@@ -35,11 +35,7 @@ def terms(layer, x):
 @contextmanager
 def changed(layer, rule):
     """Inside, the layer gives `rule(h, g, u)` in place of h."""
-
-    def rewrite(layer, args, h):
-        return rule(h, *terms(layer, args[0]))
-
-    hook = layer.register_forward_hook(rewrite)
+    hook = layer.register_forward_hook(lambda m, x, h: rule(h, *terms(m, x[0])))
     try:
         yield
     finally:
