@@ -41,7 +41,7 @@ Ray = Annotated[
     str,
     typer.Option(
         help="local, or the address of a Ray cluster that does the runs, --workers at once; its "
-        " machines need this package and, as here, RLORA_DATA or RLORA_LANGUAGE",
+        "machines need this package and, as here, RLORA_DATA or RLORA_LANGUAGE",
         show_default="processes of this machine",
     ),
 ]
