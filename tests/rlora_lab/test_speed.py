@@ -565,7 +565,7 @@ def test_a_rehearsal_where_there_is_torch_peft_and_transformers_alone(tmp_path: 
     for r in result["records"]:
         assert r["skipped"] is None and r["launches"] > 0
         assert isinstance(r["kernels"], list) == (r["study"] == "bars")
-    assert "rlora-min" not in result["versions"] and "torch" in result["versions"]
+    assert "datasets" not in result["versions"] and "torch" in result["versions"]
     assert str(tmp_path) not in (tmp_path / "a.json").read_text()
 
 
