@@ -204,7 +204,7 @@ def estimate(case: Case, methods: tuple[str, ...], device: str) -> float:
 
 def rehearsal(wanted: Cases) -> Cases:
     """Every case in miniature, for a CPU: a tiny model, few tokens and rounds, the settings as they
-    are. To compile takes seconds at any size: R-LoRA alone does."""
+    are. To trace takes seconds at any size: R-LoRA alone is."""
     small = {"shape": "tiny", "layers": 1, "rounds": 2, "tokens": 8}
     runs: Cases = {}
     for case, methods in wanted.items():
