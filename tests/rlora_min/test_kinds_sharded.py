@@ -167,7 +167,7 @@ def plain_step(each: Case) -> Step:
 def test_a_step_is_that_of_one_process(folder, name, rank):
     each = CASES[name]
     # The two shares' gradients are summed in another order; in fp32 that shows.
-    bound = 1e-9 if each.base == torch.float64 else 1e-4
+    bound = 1e-9 if each.base == torch.float64 else 1e-3
     assert_same_step(read(folder / f"{name}, {rank}.safetensors"), plain_step(each), bound)
 
 
