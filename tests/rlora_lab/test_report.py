@@ -632,9 +632,7 @@ def test_what_can_not_be_said(tmp_path: Path):
 
 
 def test_a_result_of_its_own(capsys: pytest.CaptureFixture):
-    with pytest.raises(
-        LabError, match="'nothing': there are .*, speed-cpu"
-    ):
+    with pytest.raises(LabError, match="'nothing': there are .*, speed-cpu"):
         load_result("nothing")
     result = load_result("speed-cpu")
     said = capsys.readouterr().out

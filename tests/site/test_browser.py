@@ -272,7 +272,7 @@ FOUND = {
     "Ollama": "book/11b_tools.html#llama-cpp-and-ollama",
     "chat template": "book/11b_tools.html#code-chat-templates",
     "early stopping": "book/11b_tools.html#code-early-stopping",
-    "merge": "book/02_lora_from_scratch.html#merging",
+    "merge": "book/00_fifteen_minutes.html#merge-or-export",
     "install": "index.html#install",
     "Colab": "index.html#install",
 }
