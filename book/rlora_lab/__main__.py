@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .errors import LabError
+from .errors import LabError, exit_code
 from .names import METHODS, SUITES
 from .runs.plan import PLAN, RECORDS, Block, Settings, load_plan, make_block
 
@@ -566,13 +566,8 @@ def serve(
 
 
 def main() -> int:
-    """The commands; what can't be done is said in a line, with exit code 2."""
-    try:
-        app(prog_name="python -m rlora_lab", standalone_mode=True)
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The commands, and their exit code."""
+    return exit_code(lambda: app(prog_name="python -m rlora_lab", standalone_mode=True))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Names that plans and reports share with what trains: this module imports nothing."""
+"""Names that plans and reports share with what trains: this module imports nothing of the lab."""
+
+from importlib.resources import files
+from pathlib import Path
 
 UNTRAINED = "none"
 METHODS = (
@@ -23,6 +26,9 @@ METHODS = (
     "rlora",
 )
 """What each is: `rlora_lab.models.methods`."""
+
+LAB = Path(str(files("rlora_lab")))
+"""This package's folder: plans, records and data are in it."""
 
 SUITES = {
     "synthetic": (4e-3, 64),

@@ -1,12 +1,14 @@
 """What a chapter defines, taken out of its notebook as a reader sees it."""
 
 import ast
+import os
 import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+from nbclient import NotebookClient
 
 BOOK = Path(__file__).parents[2] / "book"
 sys.path.insert(0, str(BOOK))  # here and not in pytest's settings, because processes use this too
@@ -28,6 +30,16 @@ def _wanted(node: ast.stmt, names: tuple[str, ...]) -> bool:
 def read(path: Path) -> nbformat.NotebookNode:
     """A notebook with its outputs; each call gives a copy of its own."""
     return nbformat.read(path, as_version=4)
+
+
+def printed_by(path: Path, timeout: int = 600, **environment: str) -> str:
+    """What a chapter prints, run whole in a kernel of its own."""
+    notebook = read(path)
+    resources = {"metadata": {"path": str(BOOK)}}
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=resources)
+    client.execute(env=os.environ | environment)
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    return "".join(out.get("text", "") for out in outputs)
 
 
 def chapter_sources(notebook: str, solutions: bool = False) -> list[str]:

@@ -1,19 +1,13 @@
 """Chapter 11: it runs on SmolLM2 and on the tiny base, its record is whole, and the hub's sets that
 do not fit are refused."""
 
-import json
-import os
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
-from chapter_code import BOOK, read
+from chapter_code import BOOK, printed_by, read
 from datasets import Dataset
-from lab_helpers import make_tokenizer, needs_smollm2
-from nbclient import NotebookClient
-from transformers import LlamaConfig, LlamaForCausalLM
+from lab_helpers import needs_language, needs_smollm2, stand_in, write_rows
 
 from rlora_lab.errors import LabError
 from rlora_lab.models.bases import smollm2_folder
@@ -73,36 +67,6 @@ ANSWERS = {
 HIDDEN = {"piqa": {"label": -1}, "hellaswag": {"label": ""}, "winogrande": {"answer": ""}}
 
 
-def run(**environment: str) -> str:
-    """What the chapter prints, run whole in a kernel of its own."""
-    notebook = read(CHAPTER)
-    client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(BOOK)}}
-    )
-    client.execute(env=os.environ | environment)
-    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
-    return "".join(out.get("text", "") for out in outputs)
-
-
-def stand_in(folder: Path, scale: float = 1.0) -> None:
-    """A model of six small random blocks, in SmolLM2's place; `scale` makes its logits larger."""
-    tokenizer = make_tokenizer(["Today Yesterday yes no"])
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        initializer_range=0.1,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.lm_head.weight.data *= scale
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def easy_rows(folder: Path) -> None:
     """The chapter's two tasks with one answer each."""
     for task, word in (("past_tense", "Today"), ("units", "Yesterday")):
@@ -112,9 +76,7 @@ def easy_rows(folder: Path) -> None:
                 {"prompt": f"{word} {100 * first + n}", "answer": "yes", "options": options}
                 for n in range(30)
             ]
-            (folder / task).mkdir(parents=True, exist_ok=True)
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / task / f"{split}.jsonl").write_text(text)
+            write_rows(folder / task / f"{split}.jsonl", rows)
 
 
 @pytest.mark.parametrize("scale", [1.0, 40.0])
@@ -122,7 +84,8 @@ def test_it_runs_on_a_language_model(scale: float, tmp_path: Path):
     """With logits that make a loss of about 20 too, where roundings are larger than 1e-5."""
     stand_in(tmp_path / "cache" / smollm2_folder().name, scale)
     easy_rows(tmp_path / "language")
-    printed = run(
+    printed = printed_by(
+        CHAPTER,
         RLORA_CACHE=str(tmp_path / "cache"),
         RLORA_LANGUAGE=str(tmp_path / "language"),
         HF_HUB_OFFLINE="1",
@@ -133,16 +96,13 @@ def test_it_runs_on_a_language_model(scale: float, tmp_path: Path):
 
 
 @needs_smollm2
-@pytest.mark.skipif(
-    "RLORA_LANGUAGE" not in os.environ and find_spec("bigbench") is None,
-    reason="the language tasks are not here: RLORA_LANGUAGE names their folder",
-)
+@needs_language
 def test_it_runs_on_smollm2():
-    assert "What stands below was made with smollm2." in run()
+    assert "What stands below was made with smollm2." in printed_by(CHAPTER)
 
 
 def test_it_runs_on_the_tiny_base(tmp_path: Path):
-    printed = run(RLORA_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
+    printed = printed_by(CHAPTER, RLORA_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
     assert "What stands below was made with tiny." in printed
     assert re.search(r"^largest +100 +12%", printed, re.M)
 
@@ -163,19 +123,13 @@ def test_the_record_is_of_smollm2_and_whole():
     assert found["reloaded_off"] < 0.1 and found["exported_off"]["relative"] > 0
 
 
-def write(folder, task, rows, split="train"):
-    (folder / task).mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / task / f"{split}.jsonl").write_text(text)
-
-
 def test_every_set_has_a_row_here():
     assert ROWS.keys() == SOURCES.keys() == ANSWERS.keys()
 
 
 @pytest.mark.parametrize("task", ROWS)
 def test_a_row_in_the_hubs_format_becomes_a_prompt_and_a_letter(task, tmp_path):
-    write(tmp_path, task, [ROWS[task]])
+    write_rows(tmp_path / task / "train.jsonl", [ROWS[task]])
     (row,) = load_split(task, "train", tmp_path)
     text = to_text(task, row)
     assert text["answer"] == ANSWERS[task]
@@ -213,14 +167,14 @@ def test_a_column_of_another_type_is_named_with_its_row(task):
 def test_an_empty_or_missing_set_is_named(content, tmp_path):
     with pytest.raises(LabError, match="siqa: siqa/train.jsonl is missing"):
         load_split("siqa", "train", tmp_path)
-    write(tmp_path, "siqa", [])
+    write_rows(tmp_path / "siqa" / "train.jsonl", [])
     (tmp_path / "siqa" / "train.jsonl").write_text(content)
     with pytest.raises(LabError, match="siqa: siqa/train.jsonl is empty"):
         load_split("siqa", "train", tmp_path)
 
 
 def test_a_file_that_is_no_json_is_named(tmp_path):
-    write(tmp_path, "siqa", [ROWS["siqa"]])
+    write_rows(tmp_path / "siqa" / "train.jsonl", [ROWS["siqa"]])
     (tmp_path / "siqa" / "train.jsonl").write_text('{"context": "Ann')
     with pytest.raises(LabError, match="siqa: siqa/train.jsonl can't be read"):
         load_split("siqa", "train", tmp_path)
@@ -267,8 +221,8 @@ def test_sets_become_files_that_are_read(tmp_path):
         "boolq": [ROWS["boolq"] | {"passage": f"It rains {n}."} for n in range(40)],
     }
     for task, rows in numbers.items():
-        write(tmp_path / "hub", task, rows[:30])
-        write(tmp_path / "hub", task, rows[30:], "validation")
+        write_rows(tmp_path / "hub" / task / "train.jsonl", rows[:30])
+        write_rows(tmp_path / "hub" / task / "validation.jsonl", rows[30:])
     settings = {"source": tmp_path / "hub", "train_rows": 20, "test_rows": 8}
     write_questions(tmp_path / "files", list(numbers), **settings)
     rows, _ = read_files(tmp_path / "files")

@@ -19,7 +19,7 @@ from rlora_lab.chapters.ch16_shipping import fingerprint, generate, load_release
 from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
 from rlora_lab.serving import releases as files
-from rlora_lab.serving.characters import Characters
+from rlora_lab.tasks.characters import Characters
 from rlora_lab.tasks.strings import VOCABULARY
 from rlora_min import RLoraConfig, export_lora, record_routing
 

@@ -39,9 +39,9 @@ from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
 from rlora_lab.serving import openai
 from rlora_lab.serving import releases as files
-from rlora_lab.serving.characters import Characters
 from rlora_lab.serving.measure import forms, measure
 from rlora_lab.serving.serve import CONFIG, read_config
+from rlora_lab.tasks.characters import Characters
 from rlora_lab.tasks.strings import VOCABULARY
 from rlora_min import RLoraConfig
 

@@ -1,17 +1,63 @@
 """Plan files and made-up records, for the tests of `rlora_lab`; what a real model needs."""
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlora_lab.models.bases import smollm2_folder
+from rlora_lab.tasks.strings import SUITE_TASKS, TAGS, decode, draw
 
 needs_smollm2 = pytest.mark.skipif(
     not smollm2_folder().is_dir(), reason="SmolLM2 is not here: make smollm2 fetches it"
 )
+
+needs_language = pytest.mark.skipif(
+    "RLORA_LANGUAGE" not in os.environ and find_spec("bigbench") is None,
+    reason="the language tasks are not here: RLORA_LANGUAGE names their folder",
+)
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """A file of JSON lines; folders above it are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def letter_rows(task: str) -> list[dict]:
+    """Sixty questions of a string task with their answers, as files have them."""
+    questions = draw(60, torch.Generator().manual_seed(0), "test")
+    answers = SUITE_TASKS[task](questions)
+    return [
+        {"prompt": f"{TAGS[task]}{decode(q)}=", "answer": decode(a)}
+        for q, a in zip(questions, answers, strict=True)
+    ]
+
+
+def stand_in(folder: Path, scale: float = 1.0, **config: object) -> None:
+    """A model of six small random blocks, in SmolLM2's place; `scale` makes its logits larger."""
+    tokenizer = make_tokenizer(["Today Yesterday yes no"])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+        **config,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data *= scale
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:

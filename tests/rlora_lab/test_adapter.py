@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab_helpers import letter_rows, write_rows
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,30 +23,19 @@ from rlora_lab.runs.adapter import chance, foretell, judge, train_adapter, write
 from rlora_lab.runs.training import train
 from rlora_lab.tasks.files import Files, lay_out
 from rlora_lab.tasks.language import SPLITS
-from rlora_lab.tasks.strings import SUITE_TASKS, TAGS, decode, draw
 
 SHORT = {"steps": 4, "batch": 8, "lr": 4e-3, "test_rows": 6}
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
 def letters(tmp_path: Path) -> Path:
     """Two string tasks as files for the tiny base, one of them with options."""
-    questions = draw(60, torch.Generator().manual_seed(0), "test")
     for task in ("largest", "mirror"):
-        answers = SUITE_TASKS[task](questions)
-        rows = [
-            {"prompt": f"{TAGS[task]}{decode(q)}=", "answer": decode(a)}
-            for q, a in zip(questions, answers, strict=True)
-        ]
+        rows = letter_rows(task)
         if task == "largest":
             options = [letter * 6 for letter in "abcdefgh"]
             rows = [row | {"options": options} for row in rows]
-        write(tmp_path / "mine" / f"{task}.jsonl", rows)
+        write_rows(tmp_path / "mine" / f"{task}.jsonl", rows)
     return tmp_path / "mine"
 
 
@@ -68,7 +58,7 @@ def words(path: Path, count: int = 40) -> None:
         {"prompt": f"Say {names[n % 5]}, {n}.", "answer": names[n % 5], "options": options}
         for n in range(count)
     ]
-    write(path / "say.jsonl", rows)
+    write_rows(path / "say.jsonl", rows)
 
 
 @pytest.mark.parametrize("method", ["rlora", "lora"])
@@ -334,7 +324,7 @@ def test_files_that_nobody_here_made(folder: Path, tmp_path: Path):
                 }
                 for row in map(json.loads, lines)
             ]
-            write(tmp_path / "mine" / task / f"{split}.jsonl", rows)
+            write_rows(tmp_path / "mine" / task / f"{split}.jsonl", rows)
     said: list[str] = []
     out = tmp_path / "out"
     record = train_adapter(

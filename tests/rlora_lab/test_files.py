@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from lab_helpers import write_rows
 from transformers import AutoTokenizer
 
 from rlora_lab.errors import LabError
@@ -12,11 +13,6 @@ from rlora_lab.tasks.files import Files, lay_out, read_files
 from rlora_lab.tasks.suite import load_suite
 
 GOOD = {"prompt": "2 + 2", "answer": "4"}
-
-
-def write(path: Path, rows: list) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def numbered(first: int, count: int, **more) -> list[dict]:
@@ -39,7 +35,7 @@ PLACES = {
 def test_a_files_name_says_task_and_split(place: str, validation: str, tmp_path: Path):
     for split, rows in SPLITS.items():
         name = {"validation": validation}.get(split, split)
-        write(tmp_path / PLACES[place].format(name), rows)
+        write_rows(tmp_path / PLACES[place].format(name), rows)
     rows, notes = read_files(tmp_path)
     assert list(rows) == ["sums"] and not notes
     for split, expected in SPLITS.items():
@@ -59,20 +55,20 @@ def test_a_line_ends_where_json_lines_do(tmp_path: Path):
 def test_a_rows_own_task_comes_first(tmp_path: Path):
     for split, rows in SPLITS.items():
         own = [row | {"task": "sums"} for row in rows] + [row | {"task": "more"} for row in rows]
-        write(tmp_path / f"{split}.jsonl", own)
+        write_rows(tmp_path / f"{split}.jsonl", own)
     rows, _ = read_files(tmp_path)
     assert {task: [len(own) for own in splits.values()] for task, splits in rows.items()} == {
         "more": [6, 2, 3],
         "sums": [6, 2, 3],
     }
-    write(tmp_path / "train.jsonl", SPLITS["train"])  # without one: the folder's name
-    write(tmp_path / "test.jsonl", SPLITS["test"])
+    write_rows(tmp_path / "train.jsonl", SPLITS["train"])  # without one: the folder's name
+    write_rows(tmp_path / "test.jsonl", SPLITS["test"])
     (tmp_path / "validation.jsonl").unlink()
     assert list(read_files(tmp_path)[0]) == [tmp_path.name]
 
 
 def test_splits_are_cut_by_a_seed_and_share_no_prompt(tmp_path: Path):
-    write(tmp_path / "sums.jsonl", numbered(0, 60) + numbered(0, 30))  # half of them twice
+    write_rows(tmp_path / "sums.jsonl", numbered(0, 60) + numbered(0, 30))  # half of them twice
     (rows, notes), (again, _), (other, _) = (read_files(tmp_path, seed) for seed in (0, 0, 1))
     assert rows == again != other
     prompts = {split: {row["prompt"] for row in own} for split, own in rows["sums"].items()}
@@ -85,9 +81,9 @@ def test_splits_are_cut_by_a_seed_and_share_no_prompt(tmp_path: Path):
 
 
 def test_what_stands_in_the_test_is_not_trained_on(tmp_path: Path):
-    write(tmp_path / "sums" / "train.jsonl", numbered(0, 10))
-    write(tmp_path / "sums" / "validation.jsonl", numbered(8, 6))
-    write(tmp_path / "sums" / "test.jsonl", numbered(12, 4))
+    write_rows(tmp_path / "sums" / "train.jsonl", numbered(0, 10))
+    write_rows(tmp_path / "sums" / "validation.jsonl", numbered(8, 6))
+    write_rows(tmp_path / "sums" / "test.jsonl", numbered(12, 4))
     rows, notes = read_files(tmp_path)
     assert [len(own) for own in rows["sums"].values()] == [8, 4, 4]
     assert notes == [
@@ -136,23 +132,25 @@ def test_wrong_folders_are_named(tmp_path: Path):
     (tmp_path / "sums.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(LabError, match="sums.jsonl is no text in UTF-8"):
         read_files(tmp_path)
-    write(tmp_path / "sums.jsonl", numbered(0, 4))
+    write_rows(tmp_path / "sums.jsonl", numbered(0, 4))
     with pytest.raises(LabError, match="'sums' has 4 different prompts, too few to cut a test"):
         read_files(tmp_path)
     (tmp_path / "sums.jsonl").rename(tmp_path / "test.jsonl")
     with pytest.raises(LabError, match="has no rows to train on"):
         read_files(tmp_path)
     mixed = numbered(0, 30) + numbered(40, 30, options=[f"{n}" for n in range(99)])
-    write(tmp_path / "test.jsonl", [])
+    write_rows(tmp_path / "test.jsonl", [])
     (tmp_path / "test.jsonl").unlink()
-    write(tmp_path / "sums.jsonl", mixed)
+    write_rows(tmp_path / "sums.jsonl", mixed)
     with pytest.raises(LabError, match="line .* has no options, other rows of task 'sums' have"):
         read_files(tmp_path)
 
 
 def test_what_was_laid_out_is_what_is_read(tmp_path: Path):
-    write(tmp_path / "mine" / "sums.jsonl", numbered(0, 90))
-    write(tmp_path / "mine" / "more.jsonl", numbered(0, 90, options=[f"{n}" for n in range(99)]))
+    write_rows(tmp_path / "mine" / "sums.jsonl", numbered(0, 90))
+    write_rows(
+        tmp_path / "mine" / "more.jsonl", numbered(0, 90, options=[f"{n}" for n in range(99)])
+    )
     rows, _ = lay_out(tmp_path / "mine", tmp_path / "out", train_rows=20, test_rows=6)
     assert [len(own) for own in rows["sums"].values()] == [20, 2, 6]
     assert read_files(tmp_path / "out") == (rows, [])
@@ -175,7 +173,7 @@ def folder(llama_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_prompt_is_put_as_the_model_knows_it(chat: bool, folder: Path, tmp_path: Path):
-    write(tmp_path / "sums.jsonl", numbered(0, 30))
+    write_rows(tmp_path / "sums.jsonl", numbered(0, 30))
     lay_out(tmp_path / "sums.jsonl", tmp_path / "out", chat=chat)
     base = load_base(str(folder))
     suite = Files(base, bf16=False, folder=tmp_path / "out")
@@ -188,7 +186,7 @@ def test_a_prompt_is_put_as_the_model_knows_it(chat: bool, folder: Path, tmp_pat
 
 
 def test_a_base_that_does_not_fit_is_refused(folder: Path, tmp_path: Path, monkeypatch):
-    write(tmp_path / "sums" / "train.jsonl", numbered(0, 30))
+    write_rows(tmp_path / "sums" / "train.jsonl", numbered(0, 30))
     lay_out(tmp_path / "sums", tmp_path / "out", chat=True)
     with pytest.raises(LabError, match=r"train.jsonl, line \d+: base 'tiny' does not know"):
         Files(load_base("tiny"), folder=tmp_path / "out")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
-from lab_helpers import needs_smollm2, plan_file
+from lab_helpers import needs_smollm2, plan_file, write_rows
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from torch import Tensor, nn
@@ -56,12 +56,18 @@ def made_up_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "language"
     for split in language.SPLITS:
         for task, rows in made_up(split).items():
-            (folder / task).mkdir(parents=True, exist_ok=True)
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / task / f"{split}.jsonl").write_text(lines)
+            write_rows(folder / task / f"{split}.jsonl", rows)
     monkeypatch.setenv("RLORA_LANGUAGE", str(folder))
     monkeypatch.setenv("RLORA_CACHE", str(tmp_path / "cache"))
     return folder
+
+
+def test_a_line_ends_at_a_line_feed_alone(made_up_folder: Path):
+    """U+0085 and U+2028 stand in people's texts; Python's splitlines ends a line at them."""
+    row = {"prompt": "one\u0085two\u2028three", "answer": "three", "options": None}
+    file = made_up_folder / "copy" / "train.jsonl"
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert language.load_rows("copy")[0]["train"] == [row]
 
 
 TASKS_MADE_UP = ["copy", "choose"]

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from lab_helpers import letter_rows, write_rows
 
 from rlora_lab.__main__ import main
 from rlora_lab.errors import LabError
 from rlora_lab.report.verdict import verdict, verdict_text
 from rlora_lab.runs import worker
 from rlora_lab.runs.comparison import compare_files
-from rlora_lab.tasks.strings import SUITE_TASKS, TAGS, decode, draw
 
 TASKS = ("easy", "hard")
 ROWS = 200
@@ -99,16 +98,8 @@ def test_the_page_has_the_rules_that_the_command_applies(page: str):
 
 
 def letters(folder: Path) -> Path:
-    questions = draw(60, torch.Generator().manual_seed(0), "test")
-    folder.mkdir()
     for task in ("largest", "mirror"):
-        answers = SUITE_TASKS[task](questions)
-        rows = [
-            {"prompt": f"{TAGS[task]}{decode(q)}=", "answer": decode(a)}
-            for q, a in zip(questions, answers, strict=True)
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{task}.jsonl").write_text(text)
+        write_rows(folder / f"{task}.jsonl", letter_rows(task))
     return folder
 
 

@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LabError
+from ..names import LAB
 from ..runs.choice import Choice, choice_of, sweep, sweep_scores
-from ..runs.plan import LAB, PLAN, RECORDS, Block, load_plan, missing, read_all
+from ..runs.plan import PLAN, RECORDS, Block, load_plan, missing, read_all
 
 SCORES = ("validation", "test", "test_stopped")
 

@@ -36,8 +36,8 @@ from ..errors import LabError
 from ..models.answers import AnswerModel, as_matrix, has_bf16
 from ..models.bases import Base, load_base
 from ..models.methods import adapt, count_trainable
-from ..serving.characters import Characters
 from ..speed.instruments import kept_bytes
+from ..tasks.characters import Characters
 from ..tasks.files import Files, Rows, lay_out
 from .plan import make_settings
 from .probes import rounded
@@ -242,26 +242,22 @@ def train_adapter(
     before = run.before()
     trained = run.train()
     after = run.after()
-    found = {
-        task: {
-            "rows": {split: len(own) for split, own in rows[task].items()},
-            "chance": chance(rows[task]),
-            "before": judge(before["texts"][task], rows[task]["test"])
-            | {"choice": trained["choice"][0].get(task)},
-            "after": judge(after["texts"][task], rows[task]["test"])
-            | {"choice": trained["choice"][1].get(task)},
-        }
-        | (
-            {"exported": judge(after["exported"][task], rows[task]["test"])}
-            if "exported" in after
-            else {}
-        )
-        for task in rows
-    }
-    here = environment()
+    texts = {"before": before["texts"], "after": after["texts"]}
+    if "exported" in after:
+        texts["exported"] = after["exported"]
+    choices = dict(zip(texts, trained["choice"], strict=False))  # of the export none
+    found = {}
+    for task, splits in rows.items():
+        own = {"rows": {split: len(part) for split, part in splits.items()}}
+        own["chance"] = chance(splits)
+        for when, written in texts.items():
+            own[when] = judge(written[task], splits["test"])
+            if when in choices:
+                own[when]["choice"] = choices[when].get(task)
+        found[task] = own
     record = {
         "command": run.command(data),
-        **here,
+        **environment(),
         "base": run.base_name,
         "base_source": run.source,
         **run.suite.provenance,
@@ -281,9 +277,6 @@ def train_adapter(
         "exported_off": after.get("exported_off"),
         "tasks": found,
     }
-    texts = {"before": before["texts"], "after": after["texts"]}
-    if "exported" in after:
-        texts["exported"] = after["exported"]
     _write_answers(out / "answers.jsonl", rows, texts)
     write_whole(out / "record.json", json.dumps(record, indent=1) + "\n")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

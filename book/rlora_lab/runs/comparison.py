@@ -40,7 +40,6 @@ def compare_files(
     train_rows: int | None = None,
     test_rows: int = 300,
     settings: dict | None = None,
-    split_seed: int = 0,
     workers: int = 1,
     say: Callable[[str], None] = print,
 ) -> dict:
@@ -62,7 +61,6 @@ def compare_files(
     _, notes = lay_out(
         data,
         folder / "data",
-        seed=split_seed,
         chat=chat,
         train_rows=train_rows,
         test_rows=test_rows,

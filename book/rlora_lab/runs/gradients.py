@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from ..models.bases import load_base
 from ..models.methods import adapt
+from ..names import LAB
 from ..tasks.suite import load_suite
-from .plan import LAB
-from .record import environment, write_result
+from .record import write_measured
 
 RECORD = LAB / "records" / "first-gradients.json"
 CASES = [("lora", 64.0), ("rlora", 16.0), ("rlora", 64.0), ("rlora", 256.0)]
@@ -105,10 +105,8 @@ def measure(
         found = first_gradient(model, batches[seed], seed)
         records.append({"method": method, "gamma": gamma, "seed": seed} | found)
         print("{method:5} gamma {gamma:3.0f}: {norm:7.2f} {module}".format(**records[-1]))
-    about = {"base": loaded.name, "base_source": loaded.source, "suite": suite, "batch": batch}
-    command = "python -m rlora_lab.runs.gradients"
-    result = {"command": command} | environment() | about | tasks.provenance
-    write_result(out, result | {"records": records})
+    about = {"suite": suite, "batch": batch} | tasks.provenance
+    write_measured(out, "python -m rlora_lab.runs.gradients", loaded, records, **about)
 
 
 if __name__ == "__main__":

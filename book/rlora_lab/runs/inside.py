@@ -27,9 +27,9 @@ from rlora_min import head_similarity
 from ..chapters import ch15_looking_inside as chapter
 from ..models.bases import load_base
 from ..models.methods import adapt
+from ..names import LAB
 from ..tasks.language import Language
-from .plan import LAB
-from .record import environment, write_result
+from .record import write_measured
 from .training import train
 
 RECORD = LAB / "records" / "inside-smollm2.json"
@@ -126,10 +126,9 @@ def measure(
     for i in range(len(rises["off"])):
         own = {rule: found[i].tolist() for rule, found in rises.items()}
         records.append({"kind": "head", "layer": layers[i // each], "head": i % each, **own})
-    about = {"base": loaded.name, "base_source": loaded.source, **suite.provenance}
-    about |= {"seed": SEED, "steps": steps, "batch": BATCH, "lr": LR, "tasks": list(suite.tasks)}
-    command = "python -m rlora_lab.runs.inside"
-    write_result(out, {"command": command} | environment() | about | {"records": records})
+    about = suite.provenance | {"seed": SEED, "steps": steps, "batch": BATCH, "lr": LR}
+    about["tasks"] = list(suite.tasks)
+    write_measured(out, "python -m rlora_lab.runs.inside", loaded, records, **about)
     for rule, found in rises.items():
         most = found.mean(1).max()
         print(f"{rule:10} the loss rises by {found.mean():+.3f}, at most {most:+.3f}")

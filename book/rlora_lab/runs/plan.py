@@ -16,7 +16,6 @@ are never measured on test data.
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,11 +23,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ..errors import LabError
-from ..names import AUGMENTATIONS, METHODS, SUITES, UNTRAINED
+from ..names import AUGMENTATIONS, LAB, METHODS, SUITES, UNTRAINED
 from .choice import Choice, choice_of, sweep
 from .record import read_records
 
-LAB = Path(str(files("rlora_lab")))
 RECORDS = LAB / "records" / "evidence"
 PLAN = LAB / "plans" / "evidence.toml"
 

@@ -40,9 +40,13 @@ import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import LabError
 from .choice import choice_of
+
+if TYPE_CHECKING:
+    from ..models.bases import Base  # with torch
 
 SCHEMA = 2
 
@@ -93,6 +97,13 @@ def write_result(path: Path, result: dict) -> None:
     lines = ",\n  ".join(json.dumps(record) for record in result["records"])
     text = json.dumps(result | {"records": []}, indent=1) + "\n"
     write_whole(path, text.replace('"records": []', f'"records": [\n  {lines}\n ]'))
+
+
+def write_measured(path: Path, command: str, base: "Base", records: list[dict], **about) -> None:
+    """Write what was measured on a base, as `write_result` does: by which command and where, on
+    which base and from where it came, `about`, and the records."""
+    made = {"command": command} | environment() | {"base": base.name, "base_source": base.source}
+    write_result(path, made | about | {"records": records})
 
 
 def read_records(path: Path) -> tuple[dict[str, dict], list[dict]]:

@@ -31,7 +31,7 @@ from ..chapters.ch16_shipping import (
 from ..errors import LabError
 from ..models.answers import has_bf16
 from ..models.bases import load_base
-from .characters import Characters
+from ..tasks.characters import Characters
 from .openai import Asked, Chat, Refused
 from .releases import RELEASE
 

@@ -31,9 +31,9 @@ from rlora_min import export_lora
 from ..chapters.ch16_shipping import generate
 from ..models.bases import Base, load_base
 from ..models.methods import adapter_config
-from ..runs.plan import LAB
-from ..runs.record import environment, write_result
-from .characters import Characters
+from ..names import LAB
+from ..runs.record import write_measured
+from ..tasks.characters import Characters
 
 RECORD = LAB / "records" / "serving-cpu.json"
 PROMPT, TOKENS = 16, 8  # tokens read, and tokens timed
@@ -127,10 +127,8 @@ def measure(
     """Measure what a token takes in each form of an adapter, and what a batch saves (minutes)."""
     torch.set_num_threads(1)
     loaded = load_base(base)
-    command = "python -m rlora_lab.serving.measure"
-    about = {"base": loaded.name, "base_source": loaded.source}
     records = measure_tokens(loaded, rounds) + measure_batches(loaded, batch_rounds)
-    write_result(out, {"command": command} | environment() | about | {"records": records})
+    write_measured(out, "python -m rlora_lab.serving.measure", loaded, records)
     for record in records:
         shown = "{what:24} {ratio:6.2f} times {to} ({low:.2f} to {high:.2f})".format(**record)
         print(shown)

@@ -7,12 +7,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..errors import LabError
+from ..errors import exit_code
 from .command import speed
 
 
 def main() -> int:
-    """The command; what can't be done is said in a line, with exit code 2."""
+    """The command, and its exit code."""
     parser = argparse.ArgumentParser(prog="python -m rlora_lab.speed", description=speed.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--device", choices=("cpu", "cuda"))
@@ -21,12 +21,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path)
-    try:
-        speed(**vars(parser.parse_args()))
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    arguments = vars(parser.parse_args())
+    return exit_code(lambda: speed(**arguments))
 
 
 if __name__ == "__main__":

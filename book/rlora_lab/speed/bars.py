@@ -4,6 +4,7 @@ It needs numpy alone, so that a machine lent for minutes can say what it found.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -31,6 +32,15 @@ def find(result: dict, method: str, **case) -> dict | None:
 def beside(result: dict, record: dict, method: str) -> dict | None:
     """The record of another method in the same case, if it was measured."""
     return find(result, method, **asdict(Case.of(record)))
+
+
+def rlora_cases(result: dict) -> Iterator[tuple[Case, dict, str]]:
+    """Each case that R-LoRA was measured in: the case, its record, and what is timed in it, "step"
+    or "token"."""
+    for record in result["records"]:
+        if record["method"] == "rlora" and not record["skipped"]:
+            case = Case.of(record)
+            yield case, record, "token" if case.generate else "step"
 
 
 def ratio(record: dict, against: dict, of: str = "step") -> tuple[float, float, float]:

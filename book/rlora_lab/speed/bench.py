@@ -142,7 +142,7 @@ def make_model(method: str, base: Qwen2Model, case: Case) -> nn.Module:
         raise LabError(f"unknown method {method!r}: allowed are {known}")
     if not case.compiled:
         return model
-    if case.shape == "tiny":  # a rehearsal traces, and leaves out the minute of a C++ compiler
+    if case.in_miniature:  # it traces, and leaves out the minute of a C++ compiler
         return torch.compile(model, backend="aot_eager")
     return torch.compile(model, mode=case.mode)
 
@@ -295,7 +295,7 @@ def run_case(
         gc.enable()
         on_round()
     gc.unfreeze()
-    looked_at = device == "cuda" or case.shape == "tiny"  # on a CPU, in a rehearsal alone
+    looked_at = device == "cuda" or case.in_miniature  # on a CPU, in a rehearsal alone
     for runner in runners if looked_at else ():
         try:
             runner.look()

@@ -52,6 +52,11 @@ class Case:
         known = {field.name for field in fields(cls)} & record.keys()
         return cls(**{name: record[name] for name in known})
 
+    @property
+    def in_miniature(self) -> bool:
+        """Whether it is one of a rehearsal, which measures nothing."""
+        return self.shape == "tiny"
+
     def words(self, other: "Case | None" = None) -> str:
         """The case in words; with `other`, only what differs from that one."""
         parts = [

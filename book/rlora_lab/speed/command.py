@@ -1,13 +1,13 @@
 """The command `speed`, as `python -m rlora_lab speed` and `python -m rlora_lab.speed` call it."""
 
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import LabError
+from ..names import LAB
 from .cases import cases, forms, plan_table
 
-RECORDS = Path(str(files("rlora_lab"))) / "records"
+RECORDS = LAB / "records"
 GPU_MINUTES = 8.0
 
 

@@ -5,7 +5,7 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .bars import find, ratio, times
+from .bars import beside, find, ratio, rlora_cases, times
 from .cases import ALL, Case
 from .tables import claims_table, kernels_table, shown
 
@@ -39,13 +39,10 @@ def say_gpu(result: dict | None) -> None:
             f"{memory:4.1f} {entry['launches'] or 0:8,}"
         )
     print("\nR-LoRA in other cases, over LoRA of equal size")
-    for entry in result["records"]:
-        if entry["method"] != "rlora" or entry["skipped"] or entry["study"] == "bars":
-            continue
-        case = Case.of(entry)
-        lora = find(result, "lora", **{**vars(case)})
-        of = "token" if case.generate else "step"
-        print(f"{case.words(Case.of(first['base'])):48} {shown(entry, lora, of)}")
+    for other, entry, of in rlora_cases(result):
+        if other.study != "bars":
+            lora = beside(result, entry, "lora")
+            print(f"{other.words(case):48} {shown(entry, lora, of)}")
     print(f"\n{kernels_table(result).to_string()}")
     print(f"\n{claims_table(result).to_string()}")
 

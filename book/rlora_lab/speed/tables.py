@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from .bars import beside, claims, find, ratio, time_by_kind, times
+from .bars import beside, claims, find, ratio, rlora_cases, time_by_kind, times
 from .cases import Case
 from .forms import FORMS
 
@@ -17,7 +17,7 @@ def tables(result: dict) -> str:
         "R-LoRA in every case. The floor: what arithmetic and bytes allow at this machine's roof": (
             _studies_table(result)
         ),
-        "The bars: R-LoRA over another method": _bars_table(result),
+        "The bars: R-LoRA over another method": bars_table(result),
         "The paper's claim: R-LoRA over HydraLoRA, both as published": claims_table(result),
     }
     if isinstance((find(result, "rlora", study="bars") or {}).get("kernels"), list):
@@ -29,7 +29,13 @@ def shown(one: dict | None, other: dict | None, of: str = "step", digits: int = 
     """One over the other, with its interval where it has one; a dash where one is missing."""
     if one is None or other is None or (of in one and None in (one[of], other[of])):
         return "–"
-    value, low, high = ratio(one, other, of)
+    return _with_interval(*ratio(one, other, of), digits)
+
+
+def _with_interval(value: float | None, low: float, high: float, digits: int) -> str:
+    """A dash for None; no interval where it is a point."""
+    if value is None:
+        return "–"
     if low == high:
         return f"{value:.{digits}f}"
     return f"{value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
@@ -67,12 +73,8 @@ def _methods_table(result: dict) -> pd.DataFrame:
 def _studies_table(result: dict) -> pd.DataFrame:
     first = Case.of(result["records"][0])
     rows = {}
-    for record in result["records"]:
-        if record["method"] != "rlora" or record["skipped"]:
-            continue
-        case = Case.of(record)
+    for case, record, of in rlora_cases(result):
         base, lora = (beside(result, record, method) for method in ("base", "lora"))
-        of = "token" if case.generate else "step"
         rows[case.words(first) or "(first)"] = {
             "steps": case.rounds,
             "over base": shown(record, base, of),
@@ -83,7 +85,8 @@ def _studies_table(result: dict) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _bars_table(result: dict) -> pd.DataFrame:
+def bars_table(result: dict) -> pd.DataFrame:
+    """The bars, each with what was measured and its verdict."""
     words = {"kept_bytes": "kept", "token": "time a token"}
     rows = []
     for bar in result["bars"]:
@@ -92,13 +95,10 @@ def _bars_table(result: dict) -> pd.DataFrame:
             what += f" ({Case(**bar['case']).words(Case())})"
         verdict = "holds" if bar["holds"] else "missed"
         if bar["value"] is None:
-            value, verdict = "–", "not measured"
-        elif bar["low"] == bar["high"]:
-            value = f"{bar['value']:.3f}"
-        else:
-            value = f"{bar['value']:.3f} ({bar['low']:.3f}-{bar['high']:.3f})"
+            verdict = "not measured"
         if bar["clear"] is False:
             verdict += ", not clearly"
+        value = _with_interval(bar["value"], bar["low"], bar["high"], 3)
         rows.append((what, bar["against"], bar["limit"], value, verdict))
     columns = ["what", "over", "at most", "is", "verdict"]
     return pd.DataFrame(rows, columns=columns).set_index("what")
@@ -108,11 +108,7 @@ def forms_table(result: dict) -> pd.DataFrame:
     """R-LoRA in other forms over the packed one, and that over LoRA and the base, by case."""
     first = Case.of(result["records"][0])
     rows = {}
-    for record in result["records"]:
-        if record["method"] != "rlora" or record["skipped"]:
-            continue
-        case = Case.of(record)
-        of = "token" if case.generate else "step"
+    for case, record, of in rlora_cases(result):
         row = {}
         for form in FORMS:
             row[form.removeprefix("rlora-")] = shown(beside(result, record, form), record, of)
@@ -126,11 +122,7 @@ def claims_table(result: dict, **case) -> pd.DataFrame:
     """The paper's claim, a row for time and one for memory, each with its verdict."""
     rows = []
     for row in claims(result, **case):
-        value = "–"
-        if row["value"] is not None:
-            value = f"{row['value']:.2f}"
-            if row["low"] < row["high"]:
-                value += f" ({row['low']:.2f}-{row['high']:.2f})"
+        value = _with_interval(row["value"], row["low"], row["high"], 2)
         rows.append((row["of"], f"{row['claimed']:.2f}", value, row["verdict"]))
     columns = ["R-LoRA over HydraLoRA", "claimed: down to", "is", "verdict"]
     return pd.DataFrame(rows, columns=columns).set_index(columns[0])

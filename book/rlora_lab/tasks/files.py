@@ -29,9 +29,10 @@ from ..errors import LabError
 from ..models.bases import Base
 from ..names import SUITES
 from ..runs.record import write_whole
-from ..serving.characters import Characters
+from .characters import Characters
 from .language import SPLITS, Language
 from .strings import VOCABULARY
+from .suite import text_lines
 
 NAMES = {"train": "train", "test": "test"}
 NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -79,12 +80,7 @@ def _place(path: Path, root: str) -> tuple[str, str | None]:
 
 def _read(path: Path, name: str) -> list[dict]:
     rows = []
-    try:
-        # Not splitlines, which also splits at U+0085 and U+2028: they stand in people's texts.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise LabError(f"{name} is no text in UTF-8: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text_lines(path, name), 1):
         if line.strip():
             where = f"{name}, line {number}"
             rows.append(_row(line, where))

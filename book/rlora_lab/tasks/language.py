@@ -50,7 +50,7 @@ from ..models.answers import (
 )
 from ..models.bases import TARGETS, Base, cache_folder
 from ..names import SUITES
-from .suite import mixed
+from .suite import mixed, text_lines
 
 SPLITS = ("train", "validation", "test")
 MOST = {"train": 2000, "validation": 100, "test": 300}
@@ -246,8 +246,8 @@ def _from_folder(folder: Path, task: str) -> dict[str, list[dict]]:
         path = folder / task / f"{split}.jsonl"
         if not path.is_file():
             raise LabError(f"RLORA_LANGUAGE: {path.relative_to(folder)} is missing")
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if not lines:
+        lines = text_lines(path, f"RLORA_LANGUAGE: {task}/{split}.jsonl")
+        if lines == [""]:
             raise LabError(f"RLORA_LANGUAGE: {task}/{split}.jsonl is empty")
         splits[split] = []
         for number, line in enumerate(lines, 1):

@@ -1,6 +1,7 @@
 """What a suite of tasks is, and `load_suite(name, base)`."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -53,6 +54,19 @@ def _shuffled(rows: Sequence[dict], generator: torch.Generator) -> Iterator[dict
     while True:
         for i in torch.randperm(len(rows), generator=generator).tolist():
             yield rows[i]
+
+
+def text_lines(path: Path, name: str) -> list[str]:
+    """The lines of a file of JSON lines. Not `splitlines`, which also splits at U+0085 and U+2028:
+    they stand in people's texts.
+
+    Raises:
+        LabError: it is no text in UTF-8; `name` says which.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise LabError(f"{name} is no text in UTF-8: {error}") from error
 
 
 def load_suite(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..tasks.strings import VOCABULARY, decode, encode
+from .strings import VOCABULARY, decode, encode
 
 
 class Characters:
