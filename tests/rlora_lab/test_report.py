@@ -81,6 +81,7 @@ RECORDED = read_all(PLANNED, RECORDS)[0]
 # Others are not begun, or in progress.
 STORED = [name for name, block in PLANNED.items() if missing(PLANNED, block, RECORDED) == ([], 0)]
 METHODS = ["rlora", "lora", "mlora", "hydralora"]
+OTHER_SIZE = ("lora-rank", "lora-rank+init", "none")  # than R-LoRA's
 
 
 def make_up(folder: Path, seeds: int = 6, **blocks: dict[str, float]) -> Path:
@@ -179,13 +180,13 @@ def test_stored_records_are_what_their_plan_says(block: str, capsys: pytest.Capt
     assert result["complete"] and result["methods"] == list(asked.methods)
     for method in result["methods"]:
         scores = score_array(result, method)
-        assert scores.shape == (len(asked.seeds), len(result["tasks"]))
+        assert scores.shape == (len(asked.seeds_of(method)), len(result["tasks"]))
         assert ((0 <= scores) & (scores <= 1)).all()
         sizes = {r.get("adapter_parameters") for r in chosen_records(result, method)}
         assert len(sizes) == 1
         # M-LoRA had one rank for all modules when chapter 07's were run
         off = 0.1 if block.startswith("chapter-07") else 0.03
-        if method != "lora-rank" and result["rlora_parameters"]:
+        if method not in OTHER_SIZE and result["rlora_parameters"]:
             assert abs(sizes.pop() / result["rlora_parameters"] - 1) < off
     for record in result["records"]:
         if record["stage"] in ("sweep", "test"):
@@ -195,7 +196,19 @@ def test_stored_records_are_what_their_plan_says(block: str, capsys: pytest.Capt
     assert all(f'"{root}/' not in text and f" {root}/" not in text for root in ("", "/home"))
 
 
-COMPARED = [name for name in STORED if PLANNED[name].kind == "compare"]
+# Of these each row's result is kept, and test_rows.py has their intervals.
+WITH_ROWS = [name for name, block in PLANNED.items() if block.suite == "language"]
+COMPARED = [name for name in STORED if PLANNED[name].kind == "compare" and name not in WITH_ROWS]
+
+
+@pytest.mark.parametrize("block", WITH_ROWS)
+def test_stored_rows_make_the_scores(block: str):
+    for record in RECORDED[block]:
+        scores = record["test" if record["stage"] == "test" else "validation"]
+        for metric, by_task in record["rows"].items():
+            for share, rows in zip(scores[metric], by_task, strict=True):
+                assert (share is None) == (rows is None)
+                assert share is None or share == round(rows.count("1") / len(rows), 5)
 
 
 @pytest.mark.parametrize("block", [name for name in COMPARED if name != "chapter-07-text"])
