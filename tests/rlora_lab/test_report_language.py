@@ -7,10 +7,10 @@ import pytest
 from lab_helpers import SETTING, STAGED, plan_file
 
 from rlora_lab.errors import LabError
-from rlora_lab.report.loading import load_evidence, score_array, tasks_with
+from rlora_lab.report.loading import chosen_records, load_evidence, score_array, tasks_with
 from rlora_lab.report.overview import overview
-from rlora_lab.report.questions import differences, ideas, rlora_less
-from rlora_lab.report.rows import chances_table, chosen_spread, contrast
+from rlora_lab.report.questions import by_task, differences, ideas, rlora_less
+from rlora_lab.report.rows import both_ways, chances_table, chosen_spread, contrast, row_differences
 from rlora_lab.report.tables import looks_table, scores_table, tasks_table, tuning_table
 from rlora_lab.report.write import write_report
 from rlora_lab.runs.plan import Run, load_plan, missing, read_all
@@ -114,6 +114,32 @@ def test_intervals_are_over_rows_too(made_up: Path):
         assert c.detectable > 0 and c.p <= c.holm
     (router,) = [c for c in ideas(result) if c.name.startswith("the router")]
     assert router.mean == pytest.approx(contrast(result, "rlora", "mlora").mean)
+
+
+def test_tasks_one_by_one(made_up: Path):
+    result = result_of(made_up)
+    pair = [chosen_records(result, method) for method in ("rlora", "lora")]
+    found = by_task(result, "rlora", "lora")
+    assert [c.name for c in found] == result["tasks"]
+    for c, d in zip(found, row_differences(*pair, tasks=2), strict=True):
+        alone = both_ways([d])
+        assert (c.mean, c.low, c.high, c.p) == (alone.mean, *alone.interval(), alone.p)
+        assert c.mean == pytest.approx(c.values.mean(), abs=0.01) and len(c.values) == 6
+    assert sum(c.mean for c in found) / 2 == pytest.approx(
+        contrast(result, "rlora", "lora").mean, abs=0.01
+    )
+    (choose,) = by_task(result, "rlora", "lora", "choice")
+    assert choose.name == "choose" and choose.holm == choose.p
+
+
+def test_a_control_comes_when_all_of_its_seeds_are_run(tmp_path: Path):
+    make_up(tmp_path)
+    file = tmp_path / "language.jsonl"
+    lines = file.read_text().splitlines()
+    late = [x for x in lines if '"stage":"test"' in x and '"method":"mlora"' in x]
+    assert len(late) == 2 and "mlora" in result_of(tmp_path)["methods"]
+    file.write_text("\n".join(x for x in lines if x != late[1]) + "\n")
+    assert result_of(tmp_path)["methods"] == ["lora", "rlora", "none"]
 
 
 def test_tables(made_up: Path):

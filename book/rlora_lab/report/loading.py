@@ -6,7 +6,7 @@ A block comes as a dictionary, which tables, pictures and questions take:
     config          what all of its runs share: base, suite, steps, batch, settings, where the data
                     came from
     tasks, metrics  the first metric is the one to choose by
-    methods         those that were scored on test data
+    methods         those that were scored on test data, controls once all of their seeds are run
     seeds           those that all but the controls were scored on; sweep_seeds
     chosen          the learning rate of each method
     tuned           {method: settings chosen beside it}
@@ -85,7 +85,11 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
     plan = _with_sources(plan, name)
     all_records, settings = read_all(plan, records)
     tested = [r for r in all_records[name] if r["stage"] == "test"]
-    methods = [m for m in block.methods if any(r["method"] == m for r in tested)]
+    done = {(r["method"], r["seed"]) for r in tested}
+    methods = [m for m in block.methods if any(m == method for method, _ in done)]
+    methods = [  # a control comes when all of its seeds are run
+        m for m in methods if m not in block.like or {(m, s) for s in block.seeds_of(m)} <= done
+    ]
     if set(methods) <= block.like.keys():
         raise LabError(f"{name}: nothing has been scored on test data yet")
     choices = {m: _tested_choice(plan, block, m, all_records) for m in methods}

@@ -41,20 +41,22 @@ def _ends(ax: Axes, left: str, right: str) -> None:
 
 
 def overview_plot(lines: Sequence[Line]) -> Figure:
-    """R-LoRA less LoRA of equal size; filled where the verdict is more than "cannot tell"."""
+    """R-LoRA less LoRA of equal size: hollow where the verdict is "cannot tell", grey where it is
+    "equivalent", else filled."""
     figure, ax = plt.subplots(figsize=(6.4, 1.1 + 0.27 * len(lines)))
     _ends(ax, "LoRA better", "R-LoRA better")
     for y, line in enumerate(lines):
-        told = line.verdict != "cannot tell"
+        color = OKABE_ITO["vermillion" if line.block in LANGUAGE else "blue"]
+        fill = {"cannot tell": "white", "equivalent": "#BBBBBB"}
         ax.errorbar(
             line.mean,
             y,
             xerr=[[line.mean - line.low], [line.high - line.mean]],
-            color=OKABE_ITO["vermillion" if line.block in LANGUAGE else "blue"],
+            color=color,
             marker="D" if line.block in LANGUAGE else "o",
             linestyle="-",
             markersize=6,
-            markerfacecolor=None if told else "white",
+            markerfacecolor=fill.get(line.verdict, color),
             capsize=3,
         )
     ax.set_yticks(range(len(lines)), [f"{line.what} ({line.seeds} seeds)" for line in lines])

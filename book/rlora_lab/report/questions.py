@@ -17,7 +17,7 @@ from statsmodels.stats.power import ttest_power
 from ..errors import LabError
 from ..names import UNTRAINED
 from .loading import chosen_records, score_array, tasks_with
-from .rows import BothWays, contrast
+from .rows import BothWays, both_ways, contrast, row_differences
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -160,9 +160,29 @@ def contrasts(
     """
     metric = metric or result["metrics"][0]
     values = {name: differences(result, *pair, metric) for name, pair in pairs.items()}
-    if not pairs or "rows" not in chosen_records(result, result["methods"][0])[0]:
+    if not pairs or not _has_rows(result):
         return family(values)
-    found = {name: contrast(result, *pair, metric) for name, pair in pairs.items()}
+    return _over_rows(values, {n: contrast(result, *pair, metric) for n, pair in pairs.items()})
+
+
+def by_task(result: dict, method: str, against: str, metric: str | None = None) -> list[Contrast]:
+    """A method less another on each task, a family; intervals as in `contrasts`."""
+    metric = metric or result["metrics"][0]
+    tasks = tasks_with(result, metric)
+    values = {t: differences(result, method, against, metric, tasks=[t]) for t in tasks}
+    if not _has_rows(result):
+        return family(values)
+    pair = (chosen_records(result, m) for m in (method, against))
+    by_row = row_differences(*pair, len(result["tasks"]), metric)
+    return _over_rows(values, {t: both_ways([d]) for t, d in zip(tasks, by_row, strict=True)})
+
+
+def _has_rows(result: dict) -> bool:
+    return "rows" in chosen_records(result, result["methods"][0])[0]
+
+
+def _over_rows(values: dict[str, np.ndarray], found: dict[str, BothWays]) -> list[Contrast]:
+    """A family from differences of which the rows are known too."""
     together = holm(c.p for c in found.values()).tolist()
     return [
         Contrast(name, values[name], c.mean, *c.interval(), c.p, corrected, _seen(c, len(found)))
