@@ -103,6 +103,21 @@ def test_one_call_trains_scores_saves_and_exports(method: str, letters: Path, tm
         train_adapter("tiny", letters, out, method=method, say=said.append, **SHORT)
 
 
+def test_no_hub_is_asked_for_a_base_of_the_labs_name(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn
+):
+    """As PEFT does, to see whether the vocabulary was changed; where none answers, it warns."""
+    asked = []
+    hub = "peft.utils.save_and_load.check_file_exists_on_hf_hub"
+    monkeypatch.setattr(hub, lambda *names, **_: asked.append(names))
+    train_adapter("tiny", letters, tmp_path / "out", say=str, **SHORT)
+    assert not asked
+    assert not [w for w in recwarn if "config file" in str(w.message)]
+    for name in ("adapter", "exported"):
+        config = PeftConfig.from_pretrained(tmp_path / "out" / name)
+        assert config.base_model_name_or_path == "tiny"
+
+
 class Stopped(Exception):
     pass
 
