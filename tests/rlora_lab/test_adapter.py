@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,23 @@ def test_no_hub_is_asked_for_a_base_of_the_labs_name(
     for name in ("adapter", "exported"):
         config = PeftConfig.from_pretrained(tmp_path / "out" / name)
         assert config.base_model_name_or_path == "tiny"
+
+
+def test_one_model_is_in_memory_at_a_time(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What was loaded is gone before it is loaded again, with what was trained on it."""
+    loaded = []
+
+    def load(name: str) -> Base:
+        assert not [model for model in loaded if model() is not None]
+        base = load_base(name)
+        loaded.append(weakref.ref(base.model))
+        return base
+
+    monkeypatch.setattr(adapter, "load_base", load)
+    train_adapter("tiny", letters, tmp_path / "out", say=str, **SHORT)
+    assert len(loaded) == 3  # to train, to check what was saved, to try what was exported
 
 
 class Stopped(Exception):

@@ -74,6 +74,7 @@ STUDY = {"kind": "study", "methods": None, "rates": None, "sweep_seeds": None, "
         ({"kind": "skewed", "temperature": "2", "sizes": {}}, "temperature: .*'1', '3' or 'inf'"),
         ({"kind": "alone", "tasks": ["cap"], "examples": 2, "batch": 4}, "batch: .* be 32, got 4"),
         (STUDY | {"trials": 2}, "trials: .*equal to 5, got 2; defaults: Field required"),
+        (STUDY | {"defaults": {"r": 9, "lora_alpha": 8.0}}, "LoraShape.placement: Field required"),
     ],
 )
 def test_bad_plans(changes: dict, message: str, tmp_path: Path):
@@ -268,6 +269,12 @@ def test_a_study_goes_from_trial_to_trial(tmp_path: Path):
     ]
     assert changed == [{"learning_rate"}, {"placement", "num_heads", "r"}, {"gamma", "dropout"}]
     assert ladder[-1] == {name: trials[1][name] for name in defaults}  # the best trial's
+    lora = {"placement": "mlp", "r": 9, "learning_rate": 0.004, "lora_alpha": 32.0, "dropout": 0.1}
+    plan = load_plan(plan_file(tmp_path, a=STUDY | {"defaults": lora}))
+    found = plan["a"].rungs(trials[1] | {"lora_alpha": 5.0})
+    last, below = found["best"], found["and its shape"]
+    assert below == lora | {"learning_rate": 0.011, "placement": "both", "r": 2}
+    assert last == below | {"lora_alpha": 5.0, "dropout": 0.5}
     again = todo[8]
     assert (again.stage, again.method, again.seed) == ("again", "best", 1)
     assert [run.method for run in todo[9:]] == ["trial 13", "trial 14", "trial 10"]
