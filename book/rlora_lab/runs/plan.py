@@ -247,7 +247,8 @@ class LoraShape(BaseModel):
 
 
 class Study(Block):
-    """A search of `trials` trials, then every rung from the defaults to the best on `seeds`."""
+    """A search of `trials` trials, then the rungs in `methods`, from the defaults to the best, on
+    `seeds`."""
 
     kind: Literal["study"]
     methods: tuple[str, ...] = RUNGS
@@ -400,10 +401,10 @@ def _run(block: Block, stage: str, method: str, choice: Choice, seed: int) -> Ru
 
 
 def _study_runs(block: Study, records: list[dict]) -> tuple[list[Run], int]:
-    """Trials come one by one, as each learns from those before. Then every rung runs on the seeds,
+    """Trials come one by one, as each learns from those before. Then the rungs run on the seeds,
     the best trial once more on its own seed, and the next four on one of the seeds."""
     trials = [record for record in records if record["stage"] == "search"]
-    after = len(RUNGS) * len(block.seeds) + 1 + 4
+    after = len(block.methods) * len(block.seeds) + 1 + 4
     if len(trials) < block.trials:
         trial = Run(block, "search", "search", None, len(trials), given={"trials": trials})
         return [trial], block.trials - len(trials) - 1 + after
@@ -414,7 +415,8 @@ def _study_runs(block: Study, records: list[dict]) -> tuple[list[Run], int]:
         given = {name: settings[name] for name in ladder["defaults"]}
         return Run(block, stage, method, settings["learning_rate"], seed, given=given)
 
-    runs = [run("test", name, ladder[name], seed) for seed in block.seeds for name in ladder]
+    rungs = block.methods
+    runs = [run("test", name, ladder[name], seed) for seed in block.seeds for name in rungs]
     runs.append(run("again", "best", ladder["best"], ranked[0]["seed"]))
     for trial in ranked[1:5]:
         runs.append(run("runner-up", f"trial {trial['trial']}", trial, block.seeds[0]))
