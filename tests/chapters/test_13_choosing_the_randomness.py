@@ -19,6 +19,7 @@ from rlora_lab.models.bases import load_base
 from rlora_lab.models.methods import count_trainable
 from rlora_lab.report.loading import chosen_records, load_evidence, read_block, score_array
 from rlora_lab.runs.plan import (
+    RUNGS,
     LoraShape,
     Run,
     Settings,
@@ -224,7 +225,7 @@ def test_a_study_from_its_first_trial_to_its_last_run(name: str, quick, tmp_path
     stages = [record["stage"] for record in done]
     counted = [stages.count(stage) for stage in ("search", "test", "again")]
     rungs = len(plan[name].methods)
-    assert counted == [6, 2 * rungs, 1] and len(quick) == len(done) - 6
+    assert counted == [6, 2 * rungs, name == "study"] and len(quick) == len(done) - 6
     result = read_block(plan, name, tmp_path)
     assert result["complete"] and score_array(result, "best").shape == (2, 10)
     best = best_trials(done)[0]
@@ -248,6 +249,8 @@ def test_the_recorded_study_is_whole(name: str):
     for method in block.methods:
         settings = {str(r["settings"]) for r in chosen_records(result, method)}
         assert settings == {str(ladder[method])}
+    if block.methods != RUNGS:
+        return
     (again,) = (r for r in result["records"] if r["stage"] == "again")
     assert again["seed"] == best["seed"] and again["value"] == best["value"]  # it repeats
 

@@ -401,10 +401,12 @@ def _run(block: Block, stage: str, method: str, choice: Choice, seed: int) -> Ru
 
 
 def _study_runs(block: Study, records: list[dict]) -> tuple[list[Run], int]:
-    """Trials come one by one, as each learns from those before. Then the rungs run on the seeds,
-    the best trial once more on its own seed, and the next four on one of the seeds."""
+    """Trials come one by one, as each learns from those before. Then the rungs run on the seeds;
+    where these are all of them, also the best trial once more on its own seed, and the next four
+    on one of the seeds."""
     trials = [record for record in records if record["stage"] == "search"]
-    after = len(block.methods) * len(block.seeds) + 1 + 4
+    whole = block.methods == RUNGS
+    after = len(block.methods) * len(block.seeds) + (1 + 4 if whole else 0)
     if len(trials) < block.trials:
         trial = Run(block, "search", "search", None, len(trials), given={"trials": trials})
         return [trial], block.trials - len(trials) - 1 + after
@@ -417,9 +419,10 @@ def _study_runs(block: Study, records: list[dict]) -> tuple[list[Run], int]:
 
     rungs = block.methods
     runs = [run("test", name, ladder[name], seed) for seed in block.seeds for name in rungs]
-    runs.append(run("again", "best", ladder["best"], ranked[0]["seed"]))
-    for trial in ranked[1:5]:
-        runs.append(run("runner-up", f"trial {trial['trial']}", trial, block.seeds[0]))
+    if whole:
+        runs.append(run("again", "best", ladder["best"], ranked[0]["seed"]))
+        for trial in ranked[1:5]:
+            runs.append(run("runner-up", f"trial {trial['trial']}", trial, block.seeds[0]))
     return runs, 0
 
 
