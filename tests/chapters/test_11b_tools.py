@@ -219,17 +219,16 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}}}
 test_split: test
 output_type: multiple_choice
-doc_to_text: "{{{{prompt}}}}\\n"
+doc_to_text: prompt
 doc_to_choice: options
 doc_to_target: answer
-target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
 @needs_smollm2
 def test_a_harness_takes_the_export_and_from_python_the_routed_model(tmp_path):
-    """lm-eval with a task of one's own; its two scores of each row are the models' own."""
+    """lm-eval with a task of one's own: what it reads off a row is what the models say."""
     lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -254,7 +253,7 @@ def test_a_harness_takes_the_export_and_from_python_the_routed_model(tmp_path):
         )
         found[name] = []
         for row, sample in zip(rows, scored["samples"]["units"], strict=True):
-            ids = tokenizer(f"{row['prompt']}\na", return_tensors="pt")["input_ids"]
+            ids = tokenizer(f"{row['prompt']} a", return_tensors="pt")["input_ids"]
             with torch.no_grad():
                 ours = model(input_ids=ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
             (said, _), _ = sample["filtered_resps"]
