@@ -35,11 +35,6 @@ def size(placement, N, r):
     return r * d_in + N * r * d_out + N * d_in
 
 
-def lora_size(placement, r):
-    """The same of plain LoRA: A and one B."""
-    return r * sum(WIDTHS[placement])
-
-
 LARGEST = size("mlp", N=3, r=4)  # no trial may be larger than the defaults
 
 
@@ -59,8 +54,13 @@ def suggest(trial):
     }
 
 
+def lora_size(placement, r):
+    """Trained numbers of plain LoRA: A and one B of every layer."""
+    return r * sum(WIDTHS[placement])
+
+
 def suggest_lora(trial):
-    """The same for plain LoRA: alpha, by as large a factor, in the place of gamma."""
+    """For plain LoRA: alpha in the place of gamma, by as large a factor."""
     placement = trial.suggest_categorical("placement", list(PLACEMENTS))
     highest = LARGEST // lora_size(placement, r=1)
     return {
