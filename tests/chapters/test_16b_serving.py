@@ -473,6 +473,7 @@ def test_a_batch_ends_with_its_time_and_the_base_has_the_dtype_that_was_asked_fo
 
     own = {"folder": str(releases), "threads": 1}
     replica = Adapters.func_or_class(Settings(**own, dtype="float32", max_time=1e-6))
+    replica._load("v1")
     ids = TOKENIZER.encode(PROMPTS[0])
     (answer,) = replica._answer_all("v1", [(ids, 32, [])])
     assert (answer["completion_tokens"], answer["finish_reason"]) == (1, "length")

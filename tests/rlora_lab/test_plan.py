@@ -269,17 +269,29 @@ def test_a_study_goes_from_trial_to_trial(tmp_path: Path):
     ]
     assert changed == [{"learning_rate"}, {"placement", "num_heads", "r"}, {"gamma", "dropout"}]
     assert ladder[-1] == {name: trials[1][name] for name in defaults}  # the best trial's
-    lora = {"placement": "mlp", "r": 9, "learning_rate": 0.004, "lora_alpha": 32.0, "dropout": 0.1}
-    plan = load_plan(plan_file(tmp_path, a=STUDY | {"defaults": lora}))
-    found = plan["a"].rungs(trials[1] | {"lora_alpha": 5.0})
-    last, below = found["best"], found["and its shape"]
-    assert below == lora | {"learning_rate": 0.011, "placement": "both", "r": 2}
-    assert last == below | {"lora_alpha": 5.0, "dropout": 0.5}
     again = todo[8]
     assert (again.stage, again.method, again.seed) == ("again", "best", 1)
     assert [run.method for run in todo[9:]] == ["trial 13", "trial 14", "trial 10"]
     done = {"stage": "test", "method": "defaults", "learning_rate": 0.004, "seed": 0}
     assert len(missing(plan, plan["a"], {"a": [*trials, done]})[0]) == len(todo) - 1
+
+
+def test_a_study_of_lora_has_the_rungs_that_it_asks_for(tmp_path: Path):
+    lora = {"placement": "mlp", "r": 9, "learning_rate": 0.004, "lora_alpha": 32.0, "dropout": 0.1}
+    asked = STUDY | {"defaults": lora, "methods": ["defaults", "best"]}
+    plan = load_plan(plan_file(tmp_path, a=asked))
+    best = {"placement": "both", "r": 2, "learning_rate": 0.01, "lora_alpha": 5.0, "dropout": 0.5}
+    found = {"stage": "search", "method": "search", "state": "complete", **best}
+    trials = [found | {"seed": n, "trial": n, "value": 0.1 * (n == 3)} for n in range(5)]
+    (_,), later = missing(plan, plan["a"], {"a": trials[:4]})
+    assert later == 2 * 2
+    todo, later = missing(plan, plan["a"], {"a": trials})
+    assert [(run.method, run.seed) for run in todo] == [
+        (method, seed) for seed in (0, 1) for method in ("defaults", "best")
+    ]
+    assert [run.given for run in todo[:2]] == [lora, best] and later == 0
+    below = plan["a"].rungs(best)["and its shape"]
+    assert below == lora | {"learning_rate": 0.01, "placement": "both", "r": 2}
 
 
 def test_what_is_missing(tmp_path: Path):
