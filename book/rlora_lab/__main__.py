@@ -389,13 +389,15 @@ def study(
     workers: Workers = 2,
     show: Status = False,
 ) -> None:
-    """Chapter 13: look for R-LoRA's settings, then ask on fresh seeds what was gained.
+    """Chapter 13: look for settings of R-LoRA and of LoRA, then ask on fresh seeds what was gained.
 
     Another number of trials or steps than the plan's needs another folder of --records.
     """
     fresh = range(1000, 1000 + seeds) if seeds else None
-    plan = _changed(load_plan(), ["study"], trials=trials, steps=steps, seeds=fresh)
-    _work(plan, records, minutes, workers, show, only=["study"])
+    plan = load_plan()
+    searches = [name for name, block in plan.items() if block.kind == "study"]
+    plan = _changed(plan, searches, trials=trials, steps=steps, seeds=fresh)
+    _work(plan, records, minutes, workers, show, only=searches)
 
 
 @run_app.command()

@@ -192,6 +192,13 @@ def test_an_answer_that_is_no_option_is_refused():
             to_text(task, ROWS[task] | wrong)
 
 
+def test_more_than_eight_options_have_letters_too():
+    choices = {"text": [f"thing {n}" for n in range(11)], "label": list("ABCDEFGHIJK")}
+    row = to_text("obqa", ROWS["obqa"] | {"choices": choices, "answerKey": "K"})
+    assert row["answer"] == "K" and row["options"] == list("ABCDEFGHIJK")
+    assert "\nK. thing 10\n" in row["prompt"]
+
+
 def test_a_set_that_nobody_knows_is_named():
     with pytest.raises(LabError, match="unknown set 'weather': allowed are boolq, piqa"):
         load_split("weather", "train")

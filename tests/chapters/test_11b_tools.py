@@ -197,6 +197,71 @@ def test_the_gradient_goes_as_the_formula_says():
     assert ratios == pytest.approx(expected, rel=1e-3)
 
 
+# Servers and a harness, over SmolLM2
+
+
+def moved_adapter(base: Path, folder: Path) -> PeftModel:
+    """An adapter off its start, as "adapter" and "export" in a folder."""
+    config = RLoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_seed=0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.2 * torch.randn(p.shape, generator=generator) * p.data.std().clamp(0.05))
+    model.eval().save_pretrained(folder / "adapter")
+    export_lora(model, folder / "export")
+    return model
+
+
+TASK = """task: units
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: prompt
+doc_to_choice: options
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@needs_smollm2
+def test_a_harness_takes_the_export_and_from_python_the_routed_model(tmp_path):
+    """lm-eval with a task of one's own: what it reads off a row is what the models say."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    rows = [{"prompt": f"{n} and 1 is", "answer": "a", "options": ["a", "b"]} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "units.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
+    base = smollm2_folder()
+    routed = moved_adapter(base, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    exported = PeftModel.from_pretrained(plain, tmp_path / "export").eval()
+    found = {}
+    for name, model, theirs in (
+        ("export", exported, {"pretrained": str(base), "peft": str(tmp_path / "export")}),
+        ("routed", routed, {"pretrained": routed, "tokenizer": tokenizer}),
+    ):
+        scored = lm_eval.simple_evaluate(
+            HFLM(**theirs, dtype="float32", device="cpu"),
+            tasks=["units"],
+            task_manager=TaskManager(include_path=str(tmp_path)),
+        )
+        found[name] = []
+        for row, sample in zip(rows, scored["samples"]["units"], strict=True):
+            ids = tokenizer(f"{row['prompt']} a", return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                ours = model(input_ids=ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
+            (said, _), _ = sample["filtered_resps"]
+            assert said == pytest.approx(ours.item(), abs=1e-3)
+            found[name].append(said)
+    assert found["export"] != pytest.approx(found["routed"], abs=1e-3)
+
+
 # llama.cpp: where LLAMA_CPP names a folder of its source, and llama_cpp can be imported
 
 
@@ -211,15 +276,7 @@ def test_llama_cpp_takes_the_export_and_refuses_the_adapter(tmp_path):
         command = [sys.executable, source / script, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True)
 
-    config = RLoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_seed=0)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data.add_(0.2 * torch.randn(p.shape, generator=generator) * p.data.std().clamp(0.05))
-    model.eval().save_pretrained(tmp_path / "adapter")
-    export_lora(model, tmp_path / "export")
+    moved_adapter(base, tmp_path)
     adapter = "convert_lora_to_gguf.py", "--base", base, "--outfile"
     refused = convert(*adapter, tmp_path / "no.gguf", tmp_path / "adapter")
     assert refused.returncode and "Not a lora_A or lora_B tensor" in refused.stderr

@@ -11,14 +11,24 @@ import optuna
 import pytest
 import search_worker
 from optuna.trial import TrialState
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from search_worker import fake
 
 from rlora_lab.chapters import ch13_choosing_the_randomness as chapter
 from rlora_lab.models.bases import load_base
 from rlora_lab.models.methods import count_trainable
 from rlora_lab.report.loading import chosen_records, load_evidence, read_block, score_array
-from rlora_lab.runs.plan import Run, best_trials, load_plan, make_block, missing
+from rlora_lab.runs.plan import (
+    RUNGS,
+    LoraShape,
+    Run,
+    Settings,
+    Study,
+    best_trials,
+    load_plan,
+    make_block,
+    missing,
+)
 from rlora_lab.runs.record import add_record
 from rlora_lab.runs.worker import do_run, setting_of
 from rlora_lab.tasks.strings import Synthetic
@@ -44,11 +54,34 @@ def test_no_trial_is_larger_than_the_defaults():
         assert min(ranks) == 1
 
 
+def test_nor_is_any_of_plain_lora():
+    seen = {}
+    for seed in range(300):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        trial, other = study.ask(), study.ask()
+        settings = chapter.suggest_lora(trial)
+        seen.setdefault(settings["placement"], set()).add(settings["r"])
+    assert settings.keys() == LoraShape.model_fields.keys() == trial.params.keys()
+    chapter.suggest(other)
+    for name in ("placement", "learning_rate", "dropout"):
+        assert trial.distributions[name] == other.distributions[name]
+    for placement, ranks in seen.items():
+        assert chapter.lora_size(placement, max(ranks)) <= chapter.LARGEST
+        assert chapter.lora_size(placement, max(ranks) + 1) > chapter.LARGEST
+        assert min(ranks) == 1
+    assert seen.keys() == chapter.PLACEMENTS.keys()
+    alpha, gamma = trial.distributions["lora_alpha"], other.distributions["gamma"]
+    assert alpha.log and alpha.high / alpha.low == gamma.high / gamma.low  # as wide in effect
+
+
 @pytest.mark.parametrize("placement", chapter.PLACEMENTS)
 def test_the_formula_counts_what_is_trained(placement: str):
-    config = RLoraConfig(r=3, num_heads=2, target_modules=chapter.PLACEMENTS[placement])
-    model = get_peft_model(load_base("tiny").model, config)
-    assert count_trainable(model) == (chapter.size(placement, 2, 3), 0)
+    rlora = chapter.DEFAULTS | {"placement": placement, "num_heads": 2, "r": 3}
+    lora = load_plan()["study-lora"].defaults.model_dump() | {"placement": placement, "r": 3}
+    sizes = chapter.size(placement, 2, 3), chapter.lora_size(placement, 3)
+    for settings, size in zip((rlora, lora), sizes, strict=True):
+        model = get_peft_model(load_base("tiny").model, chapter.adapter(settings, 0))
+        assert count_trainable(model) == (size, 0)
 
 
 def test_the_defaults_are_those_of_the_module_and_the_suite():
@@ -58,6 +91,21 @@ def test_the_defaults_are_those_of_the_module_and_the_suite():
     )
     assert config.lora_dropout == defaults["dropout"]
     assert defaults["learning_rate"] == Synthetic.default_lr
+
+
+def test_plain_lora_is_searched_as_rlora_was():
+    plan = load_plan()
+    rlora, lora = plan["study"], plan["study-lora"]
+    changed = {name for name in Study.model_fields if getattr(rlora, name) != getattr(lora, name)}
+    assert changed == {"name", "why", "defaults", "methods"}
+    shared = {name: getattr(lora.defaults, name) for name in ("placement", "dropout")}
+    assert shared == {name: chapter.DEFAULTS[name] for name in shared}
+    assert lora.defaults.learning_rate == plan["synthetic"].chosen["lora"]
+    assert lora.defaults.lora_alpha == Settings().lora_alpha
+    assert lora.defaults.r == chapter.LARGEST // chapter.lora_size("mlp", 1)
+    config = chapter.adapter(lora.defaults.model_dump(), 0)
+    assert type(config) is LoraConfig and config.use_rslora  # scaled as R-LoRA is
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (9, 32, 0.1)
 
 
 # The search
@@ -136,15 +184,23 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list:
         made.append((settings["learning_rate"], seed))
         return load_base("tiny").model
 
-    monkeypatch.setattr(chapter, "objective", lambda trial, seed, *steps: fake(trial, seed))
+    def objective(trial, seed, steps, every, suggest):
+        return fake(trial, seed, suggest)
+
+    monkeypatch.setattr(chapter, "objective", objective)
     monkeypatch.setattr(chapter, "train_with", train_with)
     return made
 
 
-def test_a_search_goes_on_from_its_records(quick):
+SEARCHES = {"study": chapter.suggest, "study-lora": chapter.suggest_lora}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_goes_on_from_its_records(name: str, quick):
     """As if it had been one: same draws, same values, same trials given up."""
-    block = load_plan()["study"]
-    whole = outcome(chapter.search(optuna.storages.InMemoryStorage(), 20, fake))
+    block, suggest = load_plan()[name], SEARCHES[name]
+    storage = optuna.storages.InMemoryStorage()
+    whole = outcome(chapter.search(storage, 20, lambda trial, seed: fake(trial, seed, suggest)))
     assert {state for state, _, _ in whole} == {"COMPLETE", "PRUNED"}
     records = []
     for seed, (state, params, value) in enumerate(whole):
@@ -157,35 +213,50 @@ def test_a_search_goes_on_from_its_records(quick):
         records.append(record)
 
 
-def test_a_study_from_its_first_trial_to_its_last_run(quick, tmp_path):
-    values = load_plan()["study"].model_dump() | {"trials": 6, "steps": 4, "seeds": [1000, 1001]}
-    plan = {"study": make_block("study", values, "")}
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_study_from_its_first_trial_to_its_last_run(name: str, quick, tmp_path):
+    values = load_plan()[name].model_dump() | {"trials": 6, "steps": 4, "seeds": [1000, 1001]}
+    plan = {name: make_block(name, values, "")}
     done = []
-    while todo := missing(plan, plan["study"], {"study": done})[0]:
+    while todo := missing(plan, plan[name], {name: done})[0]:
         done.append(do_run(todo[0]))
-        add_record(tmp_path / "study.jsonl", setting_of(plan["study"], 1), done[-1])
+        add_record(tmp_path / f"{name}.jsonl", setting_of(plan[name], 1), done[-1])
         assert len(done) < 40
     stages = [record["stage"] for record in done]
     counted = [stages.count(stage) for stage in ("search", "test", "again")]
-    assert counted == [6, 8, 1] and len(quick) == len(done) - 6
-    result = read_block(plan, "study", tmp_path)
+    rungs = len(plan[name].methods)
+    assert counted == [6, 2 * rungs, name == "study"] and len(quick) == len(done) - 6
+    result = read_block(plan, name, tmp_path)
     assert result["complete"] and score_array(result, "best").shape == (2, 10)
     best = best_trials(done)[0]
     assert result["chosen"]["best"] == best["learning_rate"]
     assert result["chosen"]["defaults"] == chapter.DEFAULTS["learning_rate"]
 
 
-def test_the_recorded_study_is_whole():
-    result = load_evidence("study")
-    assert result["complete"] and result["config"]["defaults"] == chapter.DEFAULTS
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_recorded_study_is_whole(name: str):
+    result = load_evidence(name)
+    assert result["complete"]
+    assert result["config"]["defaults"] == load_plan()[name].defaults.model_dump()
     searched = [r for r in result["records"] if r["stage"] == "search"]
     assert [r["seed"] for r in searched] == list(range(result["config"]["trials"]))
     assert not {r["seed"] for r in searched} & set(result["seeds"])
     assert all(r["adapter_parameters"] <= chapter.LARGEST for r in searched)
     best = best_trials(searched)[0]
-    ladder = load_plan()["study"].rungs(best)
-    assert result["methods"] == list(ladder)
-    for method, settings in ladder.items():
-        assert {str(r["settings"]) for r in chosen_records(result, method)} == {str(settings)}
+    block = load_plan()[name]
+    ladder = block.rungs(best)
+    assert result["methods"] == list(block.methods)
+    for method in block.methods:
+        settings = {str(r["settings"]) for r in chosen_records(result, method)}
+        assert settings == {str(ladder[method])}
+    if block.methods != RUNGS:
+        return
     (again,) = (r for r in result["records"] if r["stage"] == "again")
     assert again["seed"] == best["seed"] and again["value"] == best["value"]  # it repeats
+
+
+def test_both_searches_are_read_on_the_same_seeds():
+    first, second = (load_evidence("study"), load_evidence("study-lora"))
+    for name in ("seeds", "tasks", "metrics"):
+        assert first[name] == second[name]
+    assert first["config"]["defaults"] == chapter.DEFAULTS

@@ -468,6 +468,20 @@ def test_the_command_names_what_it_can_t_serve(releases, tmp_path, monkeypatch, 
     assert "current.json can't be read" in refused(tmp_path)
 
 
+def test_a_batch_ends_with_its_time_and_the_base_has_the_dtype_that_was_asked_for(releases):
+    from rlora_lab.serving.adapters import Adapters, Settings
+
+    own = {"folder": str(releases), "threads": 1}
+    replica = Adapters.func_or_class(Settings(**own, dtype="float32", max_time=1e-6))
+    replica._load("v1")
+    ids = TOKENIZER.encode(PROMPTS[0])
+    (answer,) = replica._answer_all("v1", [(ids, 32, [])])
+    assert (answer["completion_tokens"], answer["finish_reason"]) == (1, "length")
+    assert next(replica.model.parameters()).dtype == torch.float32
+    half = Adapters.func_or_class(Settings(**own, dtype="bfloat16"))
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+
+
 def test_the_file_for_a_cluster_says_what_the_command_does():
     from ray.serve.schema import ServeDeploySchema
 

@@ -62,6 +62,9 @@ WIDEST_LINE = 85  # columns of code that a page shows without scrolling
 MOST_SECONDS = 60
 STAMPED = ["hash", "date", "python", "torch", "peft", "transformers", "machine", "seconds"]
 RAW_MYST = re.compile(r"^\s*(```+|~~~+|:::+)\{|\{[\w:+.-]+\}`|^\([\w-]+\)=\s*$|^%\s", re.M)
+SWAP = re.compile(
+    r"(swap|exchange|replace)\W+`?load_base", re.I
+)  # string tasks are the tiny base's
 HOME = re.compile(r"(/home|/root|/Users|/tmp|/work|/content)/|[A-Z]:\\\\")
 
 
@@ -232,6 +235,8 @@ def check_text(nb) -> list[str]:
     for number, cell in enumerate(nb.cells):
         if cell.cell_type == "markdown" and RAW_MYST.search(cell.source):
             found.append(f"text: cell {number} holds a MyST directive or role, shown raw in Colab")
+        if cell.cell_type == "markdown" and SWAP.search(cell.source):
+            found.append(f"text: cell {number} promises that another base will do")
         for other in re.findall(r"https://github\.com/[\w.-]+/rlora-book", cell.source):
             if other != URL:
                 found.append(f"text: cell {number} names {other} instead of {URL}")
@@ -328,6 +333,7 @@ BREAKS = {
     "shows a file": lambda nb: nb.cells[1].update(source="![a layer](layer.svg)"),
     "text: cell 1 holds": lambda nb: nb.cells[1].update(source="```{note}\nRaw.\n```"),
     "text: cell 2 holds": lambda nb: nb.cells[2].update(source="As {cite}`lora` says."),
+    "text: cell 2 promises": lambda nb: nb.cells[2].update(source="Swap `load_base` for yours."),
     "text: cell 1 names": lambda nb: nb.cells[1].update(source="https://github.com/me/rlora-book"),
     "stamp: stale": lambda nb: code_cell(nb, is_solution).update(source="# @title Solution"),
     "stamp: ran": lambda nb: nb.metadata[execute.STAMP].update(seconds=61),

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,38 @@ def test_one_call_trains_scores_saves_and_exports(method: str, letters: Path, tm
     assert "Foretold:" in text and "no option" in text and "saved and loaded again" in text
     with pytest.raises(LabError, match="out holds a run that is finished: choose another --out"):
         train_adapter("tiny", letters, out, method=method, say=said.append, **SHORT)
+
+
+def test_no_hub_is_asked_for_a_base_of_the_labs_name(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn
+):
+    """As PEFT does, to see whether the vocabulary was changed; where none answers, it warns."""
+    asked = []
+    hub = "peft.utils.save_and_load.check_file_exists_on_hf_hub"
+    monkeypatch.setattr(hub, lambda *names, **_: asked.append(names))
+    train_adapter("tiny", letters, tmp_path / "out", say=str, **SHORT)
+    assert not asked
+    assert not [w for w in recwarn if "config file" in str(w.message)]
+    for name in ("adapter", "exported"):
+        config = PeftConfig.from_pretrained(tmp_path / "out" / name)
+        assert config.base_model_name_or_path == "tiny"
+
+
+def test_one_model_is_in_memory_at_a_time(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What was loaded is gone before it is loaded again, with what was trained on it."""
+    loaded = []
+
+    def load(name: str) -> Base:
+        assert not [model for model in loaded if model() is not None]
+        base = load_base(name)
+        loaded.append(weakref.ref(base.model))
+        return base
+
+    monkeypatch.setattr(adapter, "load_base", load)
+    train_adapter("tiny", letters, tmp_path / "out", say=str, **SHORT)
+    assert len(loaded) == 3  # to train, to check what was saved, to try what was exported
 
 
 class Stopped(Exception):

@@ -74,6 +74,7 @@ STUDY = {"kind": "study", "methods": None, "rates": None, "sweep_seeds": None, "
         ({"kind": "skewed", "temperature": "2", "sizes": {}}, "temperature: .*'1', '3' or 'inf'"),
         ({"kind": "alone", "tasks": ["cap"], "examples": 2, "batch": 4}, "batch: .* be 32, got 4"),
         (STUDY | {"trials": 2}, "trials: .*equal to 5, got 2; defaults: Field required"),
+        (STUDY | {"defaults": {"r": 9, "lora_alpha": 8.0}}, "LoraShape.placement: Field required"),
     ],
 )
 def test_bad_plans(changes: dict, message: str, tmp_path: Path):
@@ -273,6 +274,24 @@ def test_a_study_goes_from_trial_to_trial(tmp_path: Path):
     assert [run.method for run in todo[9:]] == ["trial 13", "trial 14", "trial 10"]
     done = {"stage": "test", "method": "defaults", "learning_rate": 0.004, "seed": 0}
     assert len(missing(plan, plan["a"], {"a": [*trials, done]})[0]) == len(todo) - 1
+
+
+def test_a_study_of_lora_has_the_rungs_that_it_asks_for(tmp_path: Path):
+    lora = {"placement": "mlp", "r": 9, "learning_rate": 0.004, "lora_alpha": 32.0, "dropout": 0.1}
+    asked = STUDY | {"defaults": lora, "methods": ["defaults", "best"]}
+    plan = load_plan(plan_file(tmp_path, a=asked))
+    best = {"placement": "both", "r": 2, "learning_rate": 0.01, "lora_alpha": 5.0, "dropout": 0.5}
+    found = {"stage": "search", "method": "search", "state": "complete", **best}
+    trials = [found | {"seed": n, "trial": n, "value": 0.1 * (n == 3)} for n in range(5)]
+    (_,), later = missing(plan, plan["a"], {"a": trials[:4]})
+    assert later == 2 * 2
+    todo, later = missing(plan, plan["a"], {"a": trials})
+    assert [(run.method, run.seed) for run in todo] == [
+        (method, seed) for seed in (0, 1) for method in ("defaults", "best")
+    ]
+    assert [run.given for run in todo[:2]] == [lora, best] and later == 0
+    below = plan["a"].rungs(best)["and its shape"]
+    assert below == lora | {"learning_rate": 0.01, "placement": "both", "r": 2}
 
 
 def test_what_is_missing(tmp_path: Path):

@@ -6,7 +6,7 @@ Written by `make execute` from the cells tagged `export`: change them there.
 import numpy as np
 import optuna
 from optuna.trial import TrialState
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 from rlora_lab.models.bases import load_base
@@ -54,18 +54,39 @@ def suggest(trial):
     }
 
 
+def lora_size(placement, r):
+    """Trained numbers of plain LoRA: A and one B of every layer."""
+    return r * sum(WIDTHS[placement])
+
+
+def suggest_lora(trial):
+    """For plain LoRA: alpha in the place of gamma, by as large a factor."""
+    placement = trial.suggest_categorical("placement", list(PLACEMENTS))
+    highest = LARGEST // lora_size(placement, r=1)
+    return {
+        "placement": placement,
+        "r": trial.suggest_int("r", 1, highest),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-3, 2e-2, log=True),
+        "lora_alpha": trial.suggest_float("lora_alpha", 4, 256, log=True),
+        "dropout": trial.suggest_float("dropout", 0.0, 0.5),
+    }
+
+
+def adapter(settings, seed):
+    """R-LoRA's configuration, or plain LoRA's where the settings have no gamma."""
+    placed = {"target_modules": PLACEMENTS[settings["placement"]]}
+    shared = placed | {"r": settings["r"], "lora_dropout": settings["dropout"]}
+    if "gamma" not in settings:
+        alpha = settings["lora_alpha"]
+        return LoraConfig(lora_alpha=alpha, use_rslora=True, **shared)
+    own = {"num_heads": settings["num_heads"], "gamma": settings["gamma"]}
+    return RLoraConfig(init_seed=seed, **own, **shared)
+
+
 def train_with(settings, seed, steps, look=None):
     """An adapter on the ten tasks; `look(model, step)` is called after each step."""
     set_seed(seed)
-    config = RLoraConfig(
-        r=settings["r"],
-        num_heads=settings["num_heads"],
-        gamma=settings["gamma"],
-        lora_dropout=settings["dropout"],
-        target_modules=PLACEMENTS[settings["placement"]],
-        init_seed=seed,
-    )
-    model = get_peft_model(load_base("tiny").model, config)
+    model = get_peft_model(load_base("tiny").model, adapter(settings, seed))
     on_step = None if look is None else lambda step: look(model, step)
     lr = settings["learning_rate"]
     train(model, Synthetic(), steps=steps, lr=lr, seed=seed, on_step=on_step)
@@ -78,7 +99,7 @@ def letters(model):
     return float(np.mean([score["letters"] for score in scores]))
 
 
-def objective(trial, seed, steps, every):
+def objective(trial, seed, steps, every, suggest=suggest):
     """The value of a trial; a trial that lies behind is pruned on the way."""
 
     def look(model, step):

@@ -17,7 +17,6 @@ import json
 import shutil
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -43,10 +42,6 @@ from .plan import make_settings
 from .probes import rounded
 from .record import environment, write_whole
 from .training import train
-
-warnings.filterwarnings(  # PEFT looks for the base by its name, which is the lab's own
-    "ignore", message="Could not find a config file in .* will assume that the vocabulary"
-)
 
 SHAPE = ("r", "num_heads", "lora_alpha", "lora_dropout")
 TRAINABLE = ("rlora", "lora", "mlora", "hydralora")
@@ -453,7 +448,7 @@ class _Run:
             return found | {"seconds": time.monotonic() - start}
         batch = self.whole.collate(self.probe[::PROBE][:PROBE])  # the logits of all its places
         batch = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        largest, relative = export_lora(model, self.out / "exported", batch=batch)
+        largest, relative = self._export(model, batch)
         self.say(f"exported as plain LoRA: off by {relative:.1%} of the logits")
         model = loaded = None
         gc.collect()
@@ -464,6 +459,15 @@ class _Run:
             "exported": write_answers(plain.eval(), self.suite, pulse=self.pulse),
             "seconds": time.monotonic() - start,
         }
+
+    def _export(self, model: PeftModel, batch: dict[str, Tensor]) -> tuple[float, float]:
+        """As a plain LoRA. The base is named afterwards, or PEFT asks the hub for one so named."""
+        model.peft_config["default"].base_model_name_or_path = None
+        off = export_lora(model, self.out / "exported", batch=batch)
+        config = LoraConfig.from_pretrained(self.out / "exported")
+        config.base_model_name_or_path = self.base_name
+        config.save_pretrained(self.out / "exported")
+        return off
 
 
 def _minutes(seconds: float) -> str:

@@ -7,7 +7,7 @@ methods. The fields are those of `Block`; its `kind` says what one run of it doe
     compare     trains a method on the suite's mixed tasks (`rlora_lab.runs.worker`)
     skewed      the same with few examples of some tasks, chapter 14 (`rlora_lab.runs.scarce`)
     alone       learns one task from few examples, in several ways, chapter 14
-    study       searches for settings of R-LoRA, chapter 13 (`rlora_lab.runs.study`)
+    study       searches for settings of R-LoRA or LoRA, chapter 13 (`rlora_lab.runs.study`)
 
 How a method's learning rate and settings are chosen: `rlora_lab.runs.choice`. The sweep's seeds
 are never measured on test data.
@@ -234,13 +234,27 @@ class Shape(BaseModel):
     dropout: Share
 
 
+class LoraShape(BaseModel):
+    """Settings of plain LoRA that a study searches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    placement: Literal["attention", "mlp", "both"]
+    r: Count
+    learning_rate: Rate
+    lora_alpha: Rate
+    dropout: Share
+
+
 class Study(Block):
-    """A search of `trials` trials, then every rung from the defaults to the best on `seeds`."""
+    """A search of `trials` trials, then the rungs in `methods`, from the defaults to the best, on
+    `seeds`."""
 
     kind: Literal["study"]
     methods: tuple[str, ...] = RUNGS
     trials: Annotated[int, Field(ge=5)]
-    defaults: Shape
+    defaults: Shape | LoraShape
+    """Those of the method that is searched."""
 
     def _check_methods(self) -> None:
         _refuse_unknown("rung", self.methods, RUNGS)
@@ -249,11 +263,12 @@ class Study(Block):
         """The search finds them."""
 
     def rungs(self, best: dict) -> dict[str, dict]:
-        """From the defaults to the best trial: the rate, then the shape, then the randomness."""
+        """From the defaults to the best trial: the rate, then the shape, then all the rest."""
         defaults = self.defaults.model_dump()
         rate = defaults | {"learning_rate": best["learning_rate"]}
-        shape = rate | {name: best[name] for name in ("placement", "num_heads", "r")}
-        whole = shape | {name: best[name] for name in ("gamma", "dropout")}
+        formed = [name for name in ("placement", "num_heads", "r") if name in defaults]
+        shape = rate | {name: best[name] for name in formed}
+        whole = {name: best[name] for name in defaults}
         return dict(zip(RUNGS, (defaults, rate, shape, whole), strict=True))
 
 
@@ -386,10 +401,12 @@ def _run(block: Block, stage: str, method: str, choice: Choice, seed: int) -> Ru
 
 
 def _study_runs(block: Study, records: list[dict]) -> tuple[list[Run], int]:
-    """Trials come one by one, as each learns from those before. Then every rung runs on the seeds,
-    the best trial once more on its own seed, and the next four on one of the seeds."""
+    """Trials come one by one, as each learns from those before. Then the rungs run on the seeds;
+    where these are all of them, also the best trial once more on its own seed, and the next four
+    on one of the seeds."""
     trials = [record for record in records if record["stage"] == "search"]
-    after = len(RUNGS) * len(block.seeds) + 1 + 4
+    whole = block.methods == RUNGS
+    after = len(block.methods) * len(block.seeds) + (1 + 4 if whole else 0)
     if len(trials) < block.trials:
         trial = Run(block, "search", "search", None, len(trials), given={"trials": trials})
         return [trial], block.trials - len(trials) - 1 + after
@@ -397,13 +414,15 @@ def _study_runs(block: Study, records: list[dict]) -> tuple[list[Run], int]:
     ladder = block.rungs(ranked[0])
 
     def run(stage: str, method: str, settings: dict, seed: int) -> Run:
-        given = {name: settings[name] for name in Shape.model_fields}
+        given = {name: settings[name] for name in ladder["defaults"]}
         return Run(block, stage, method, settings["learning_rate"], seed, given=given)
 
-    runs = [run("test", name, ladder[name], seed) for seed in block.seeds for name in ladder]
-    runs.append(run("again", "best", ladder["best"], ranked[0]["seed"]))
-    for trial in ranked[1:5]:
-        runs.append(run("runner-up", f"trial {trial['trial']}", trial, block.seeds[0]))
+    rungs = block.methods
+    runs = [run("test", name, ladder[name], seed) for seed in block.seeds for name in rungs]
+    if whole:
+        runs.append(run("again", "best", ladder["best"], ranked[0]["seed"]))
+        for trial in ranked[1:5]:
+            runs.append(run("runner-up", f"trial {trial['trial']}", trial, block.seeds[0]))
     return runs, 0
 
 

@@ -16,6 +16,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -48,7 +49,7 @@ SOURCES = {
     "arc-easy": Source("allenai/ai2_arc", "ARC-Easy", _ARC),
     "arc-challenge": Source("allenai/ai2_arc", "ARC-Challenge", _ARC),
 }
-LETTERS = "ABCDEFGH"
+LETTERS = ascii_uppercase
 FILES = {"train": "train", "validation": "test"}  # the hub's split: the file's name
 
 
