@@ -62,6 +62,9 @@ WIDEST_LINE = 85  # columns of code that a page shows without scrolling
 MOST_SECONDS = 60
 STAMPED = ["hash", "date", "python", "torch", "peft", "transformers", "machine", "seconds"]
 RAW_MYST = re.compile(r"^\s*(```+|~~~+|:::+)\{|\{[\w:+.-]+\}`|^\([\w-]+\)=\s*$|^%\s", re.M)
+WIDEST_OUTPUT = 88  # columns of a printed table
+SMALLEST_TYPE = 9  # points, in the width of a page
+TABLE_ROW = re.compile(r"\S {2,}\S.*\S {2,}\S")
 RUN_IN = re.compile(r"^\*\*[^*\n]+[.:?!]\*\* \S", re.M)  # a head in bold, and its text after it
 HOME = re.compile(r"(/home|/root|/Users|/tmp|/work|/content)/|[A-Z]:\\\\")
 
@@ -82,6 +85,13 @@ def text_of(cell) -> str:
         shown.append(out.get("text", ""))
         shown += [value for kind, value in out.get("data", {}).items() if kind.startswith("text/")]
     return "".join(shown)
+
+
+def printed(cell) -> str:
+    """What a cell writes, unless its outputs are hidden."""
+    if "remove-output" in tags(cell):
+        return ""
+    return "".join(out.text for out in cell.outputs if out.output_type == "stream")
 
 
 def is_solution(cell) -> bool:
@@ -211,6 +221,9 @@ def check_folds(nb, name: str) -> list[str]:
         wide = [line for line in cell.source.splitlines() if len(line) > WIDEST_LINE]
         if any("pip install" not in line for line in wide):
             found.append(f"folds: cell {number} has code wider than {WIDEST_LINE} columns")
+        rows = [line for line in printed(cell).splitlines() if TABLE_ROW.search(line)]
+        if any(len(row) > WIDEST_OUTPUT for row in rows):
+            found.append(f"folds: cell {number} prints a table wider than {WIDEST_OUTPUT} columns")
     return found
 
 
@@ -220,6 +233,9 @@ def check_pictures(nb) -> list[str]:
         alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
         if images(cell) and len(alt) < 20:
             found.append(f"pictures: cell {number} has no alt text in mystnb.image.alt")
+        sizes = map(float, re.findall(r"fontsize\"?[=:] *([\d.]+)", cell.source))
+        if any(size < SMALLEST_TYPE for size in sizes):
+            found.append(f"pictures: cell {number} has type of less than {SMALLEST_TYPE} points")
         if cell.cell_type != "markdown":
             continue
         if cell.get("attachments") or re.search(r"!\[[^]]*\]\((?!https://)|<img", cell.source):
@@ -236,6 +252,8 @@ def check_text(nb) -> list[str]:
             found.append(f"text: cell {number} holds a MyST directive or role, shown raw in Colab")
         if cell.cell_type == "markdown" and RUN_IN.search(cell.source):
             found.append(f"text: cell {number} has a head in bold; make it a heading or a sentence")
+        if cell.cell_type == "markdown" and re.search(r"^#+ .*\$", cell.source, re.M):
+            found.append(f"text: cell {number} has a formula in a heading")
         for other in re.findall(r"https://github\.com/[\w.-]+/rlora-book", cell.source):
             if other != URL:
                 found.append(f"text: cell {number} names {other} instead of {URL}")
@@ -327,10 +345,15 @@ BREAKS = {
         "mystnb"
     ),
     "pictures: cell": lambda nb: code_cell(nb, images).metadata["mystnb"]["image"].pop("alt"),
+    "has type of less": lambda nb: code_cell(nb, images).update(source="ax.text('', fontsize=8)"),
+    "prints a table": lambda nb: code_cell(nb).update(
+        outputs=output("stream", text="lora  " + "1.0  " * 20)
+    ),
     "shows a file": lambda nb: nb.cells[1].update(source="![a layer](layer.svg)"),
     "text: cell 1 holds": lambda nb: nb.cells[1].update(source="```{note}\nRaw.\n```"),
     "text: cell 2 holds": lambda nb: nb.cells[2].update(source="As {cite}`lora` says."),
     "text: cell 4 has a head": lambda nb: nb.cells[4].update(source="**Why.** Because."),
+    "text: cell 4 has a formula": lambda nb: nb.cells[4].update(source="## With $N$ heads"),
     "text: cell 1 names": lambda nb: nb.cells[1].update(source="https://github.com/me/rlora-book"),
     "stamp: stale": lambda nb: code_cell(nb, is_solution).update(source="# @title Solution"),
     "stamp: ran": lambda nb: nb.metadata[execute.STAMP].update(seconds=61),
