@@ -41,11 +41,12 @@
   // A number, or an interval such as "-6.0 (-10.1 to -1.9) *".
   const number = /^[–—]$|^[-+−±~<>≤≥]?\s?\d[\d.,]*( ?(%|×|MB|GB|kB|ms|s|min|h))?( \(.*\))?( \*)?$/;
   const short = 24; // letters of a first column's words, or of a name in code, that stay whole
+  const letters = (text) => text.replace(/[\u3000-\uffee]/g, "xx").length; // kana are wider
   function formCells() {
     for (const cell of all(":is(.table, .dataframe) :is(td, th)")) {
       const text = cell.textContent.trim();
       if (cell.tagName === "TD" && number.test(text)) cell.classList.add("number");
-      else if (!cell.cellIndex && text.length <= short) cell.classList.add("label");
+      else if (!cell.cellIndex && letters(text) <= short) cell.classList.add("label");
     }
     for (const code of all("table code")) {
       code.classList.toggle("whole", code.textContent.length <= short);

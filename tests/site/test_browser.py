@@ -168,8 +168,8 @@ UNREACHED = """() => [...document.querySelectorAll('main *')]
     .map(e => e.outerHTML.slice(0, 160))"""
 
 
-# Pictures whose type is smaller than it was set: matplotlib's PNG has 144 pixels an inch, SVG its own
-# size, and the layer's drawings are set half a point larger for it.
+# Pictures whose type is smaller than it was set: matplotlib's PNG has 144 pixels an inch, SVG its
+# own size, and the layer's drawings are set half a point larger for it.
 SHRUNK = """() => [...document.querySelectorAll('.bd-article .cell_output img')].map(img => {
     const set = img.src.endsWith('.svg') ? 1.06 : 1.5;
     const size = img.getBoundingClientRect().width / img.naturalWidth * set;
@@ -181,7 +181,8 @@ SIDEWAYS = """() => {
     const folds = [...document.querySelectorAll('.bd-article details:not([open])')];
     for (const fold of folds) fold.open = true;
     const wide = [...document.querySelectorAll('.bd-article .cell_input pre')]
-        .filter(pre => pre.scrollWidth > pre.clientWidth + 1 && !/pip install/.test(pre.innerText))
+        .filter(pre => pre.scrollWidth > pre.clientWidth + 1)
+        .filter(pre => !/pip install/.test(pre.innerText))
         .map(pre => pre.innerText.slice(0, 80));
     for (const fold of folds) fold.open = false;
     return wide;
@@ -208,8 +209,10 @@ CRAMPED = """() => {
             const left = Math.min(...lines.map(box => box.left));
             if (left - end < 8) found.push(`touches: ${text}`);
             end = Math.max(...lines.map(box => box.right));
-            const whole = /^[-+−±~<>≤≥]?\\s?\\d[^a-z]*$|\\d%? to [-+−]?\\d/.test(text);
-            const label = !cell.cellIndex && text.length <= 24 && !cell.closest('.runs');
+            const whole =
+                /^[-+−±~<>≤≥]?\\s?\\d[^a-z\\u3000-\\uffee]*$|\\d%? to [-+−]?\\d/.test(text);
+            const label = !cell.cellIndex && !cell.closest('.runs')
+                && text.replace(/[\\u3000-\\uffee]/g, 'xx').length <= 24;
             if (!(whole && text.length <= 40) && !label) continue;
             if (cell.querySelector('br, code, .katex')) continue;
             if (lines.at(-1).top - lines[0].top > 8) found.push(`broken: ${text}`);
@@ -282,8 +285,10 @@ p { color: #999; background: #fff; }
 <img src='none.png' alt=''><img src='https://example.org/a.png' alt=''>
 <div class='bd-article'><div class='cell_output'><img alt='small' width=60
 src="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' width='100' height='9'/%3E"></div>
-<div class='cell_input' style='width: 99px'><pre style='overflow: hidden'>a = "much longer"</pre></div>
-<table class='table' style='border-spacing: 0; width: 9px'><tr><td style='padding: 0'>two words</td>
+<div class='cell_input' style='width: 99px'>
+<pre style='overflow: hidden'>a = "much longer"</pre></div>
+<table class='table' style='border-spacing: 0; width: 9px'><tr>
+<td style='padding: 0'>two words</td>
 <td style='padding: 0'>1.0 to 2.0</td></tr></table></div></main><script>
 matchMedia('(prefers-color-scheme: dark)').onchange =
     () => { document.documentElement.dataset.theme = 'dark'; };
@@ -557,7 +562,8 @@ PRINTED = """() => {
         moving: all('details.hide *').filter(e => style(e, 'animationName') !== 'none').length,
         heads: all('details.hide > summary').filter(e => style(e, 'display') !== 'none').length,
         cut: all('*').filter(e => !e.closest('.katex') && e.scrollWidth > e.clientWidth + 1
-            && style(e, 'display') !== 'inline' && e.clientWidth > 1).map(e => e.outerHTML.slice(0, 80)),
+            && style(e, 'display') !== 'inline' && e.clientWidth > 1)
+            .map(e => e.outerHTML.slice(0, 80)),
         broken: all('.cell_input pre').filter(pre => columns(pre) <= 85
             && room(pre) > (lines(pre) + 0.9) * parseFloat(style(pre, 'lineHeight')))
             .map(pre => pre.innerText.slice(0, 80)),

@@ -83,8 +83,8 @@ def panels(count: int, height: float = 2.9) -> list[Axes]:
     """The axes of `count` pictures of their own, each `height` inches high.
 
     A cell that is tagged `panels` shows them side by side, and below one another on a phone. Three
-    stand in a row where `count` is a multiple of three, else two: in either width the type keeps its
-    size on the page.
+    stand in a row where `count` is a multiple of three, else two: in either width the type keeps
+    its size on the page.
     """
     width = 3.4 if count % 3 else 2.2
     return [plt.subplots(figsize=(width, height))[1] for _ in range(count)]
