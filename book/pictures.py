@@ -62,7 +62,7 @@ def sentence(line: Line) -> str:
     interval = f"{line.low:+.1f} to {line.high:+.1f}".replace("-", "−")
     return (
         f"**On {line.what}, R-LoRA scores {points} than a plain LoRA of the same size** "
-        f"(95 % interval {interval}, {line.seeds} seeds: {line.verdict})"
+        f"(95\u00a0% interval {interval}, {line.seeds} seeds: {line.verdict})"
     )
 
 

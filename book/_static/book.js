@@ -40,9 +40,16 @@
 
   // A number, or an interval such as "-6.0 (-10.1 to -1.9) *".
   const number = /^[–—]$|^[-+−±~<>≤≥]?\s?\d[\d.,]*( ?(%|×|MB|GB|kB|ms|s|min|h))?( \(.*\))?( \*)?$/;
-  function alignNumbers() {
-    for (const cell of all("td")) {
-      if (number.test(cell.textContent.trim())) cell.classList.add("number");
+  const short = 24; // letters of a first column's words, or of a name in code, that stay whole
+  const letters = (text) => text.replace(/[\u3000-\uffee]/g, "xx").length; // kana are wider
+  function formCells() {
+    for (const cell of all(":is(.table, .dataframe) :is(td, th)")) {
+      const text = cell.textContent.trim();
+      if (cell.tagName === "TD" && number.test(text)) cell.classList.add("number");
+      else if (!cell.cellIndex && letters(text) <= short) cell.classList.add("label");
+    }
+    for (const code of all("table code")) {
+      code.classList.toggle("whole", code.textContent.length <= short);
     }
   }
 
@@ -79,7 +86,7 @@
 
   window.addEventListener("load", async () => {
     loosenFormulas();
-    alignNumbers();
+    formCells();
     enlargePictures();
     await document.fonts.ready; // before that, formulas have other widths
     breakEquations();

@@ -55,7 +55,7 @@ if find_spec("rlora_lab") is None:  # in Colab
     %pip install -q "rlora-min[EXTRAS] @ git+{URL}@v{VERSION}"
 """
 EXTRAS = {"16b_serving.ipynb": "lab,serve"}  # of the other chapters, lab alone
-OPEN = ("09", "10", "11", "16")  # chapters whose drawings and checks are not all folded yet
+OPEN = ("10", "16")  # chapters that fold what measures or serves too, and say so in other words
 LONGEST_CELL = 25  # lines that are not blank
 MOST_MINUTES = 25  # by the rule of reading.py
 WIDEST_LINE = 85  # columns of code that a page shows without scrolling
@@ -65,6 +65,10 @@ RAW_MYST = re.compile(r"^\s*(```+|~~~+|:::+)\{|\{[\w:+.-]+\}`|^\([\w-]+\)=\s*$|^
 SWAP = re.compile(
     r"(swap|exchange|replace)\W+`?load_base", re.I
 )  # string tasks are the tiny base's
+WIDEST_OUTPUT = 88  # columns of a printed table
+SMALLEST_TYPE = 9  # points, in the width of a page
+TABLE_ROW = re.compile(r"\S {2,}\S.*\S {2,}\S")
+RUN_IN = re.compile(r"^\*\*[^*\n]+[.:?!]\*\* \S", re.M)  # a head in bold, and its text after it
 HOME = re.compile(r"(/home|/root|/Users|/tmp|/work|/content)/|[A-Z]:\\\\")
 
 
@@ -84,6 +88,13 @@ def text_of(cell) -> str:
         shown.append(out.get("text", ""))
         shown += [value for kind, value in out.get("data", {}).items() if kind.startswith("text/")]
     return "".join(shown)
+
+
+def printed(cell) -> str:
+    """What a cell writes, unless its outputs are hidden."""
+    if "remove-output" in tags(cell):
+        return ""
+    return "".join(out.text for out in cell.outputs if out.output_type == "stream")
 
 
 def is_solution(cell) -> bool:
@@ -198,7 +209,7 @@ def check_outputs(nb) -> list[str]:
     return found
 
 
-def check_folds(nb) -> list[str]:
+def check_folds(nb, name: str) -> list[str]:
     """What is folded says so in one way; what is open fits the page and the reader's time."""
     words, lines = reading.count(nb.cells)
     minutes = words / reading.WORDS + lines / reading.LINES
@@ -207,11 +218,15 @@ def check_folds(nb) -> list[str]:
         if cell.cell_type != "code":
             continue
         shown = cell.metadata.get("mystnb", {}).get("code_prompt_show")
-        if "hide-input" in tags(cell) and shown not in ("Show the drawing", "Show the check"):
+        known = name[:2] in OPEN or shown in ("Show the drawing", "Show the check")
+        if "hide-input" in tags(cell) and not known:
             found.append(f"folds: cell {number} is folded and says neither drawing nor check")
         wide = [line for line in cell.source.splitlines() if len(line) > WIDEST_LINE]
         if any("pip install" not in line for line in wide):
             found.append(f"folds: cell {number} has code wider than {WIDEST_LINE} columns")
+        rows = [line for line in printed(cell).splitlines() if TABLE_ROW.search(line)]
+        if any(len(row) > WIDEST_OUTPUT for row in rows):
+            found.append(f"folds: cell {number} prints a table wider than {WIDEST_OUTPUT} columns")
     return found
 
 
@@ -221,6 +236,9 @@ def check_pictures(nb) -> list[str]:
         alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
         if images(cell) and len(alt) < 20:
             found.append(f"pictures: cell {number} has no alt text in mystnb.image.alt")
+        sizes = map(float, re.findall(r"fontsize\"?[=:] *([\d.]+)", cell.source))
+        if any(size < SMALLEST_TYPE for size in sizes):
+            found.append(f"pictures: cell {number} has type of less than {SMALLEST_TYPE} points")
         if cell.cell_type != "markdown":
             continue
         if cell.get("attachments") or re.search(r"!\[[^]]*\]\((?!https://)|<img", cell.source):
@@ -237,6 +255,10 @@ def check_text(nb) -> list[str]:
             found.append(f"text: cell {number} holds a MyST directive or role, shown raw in Colab")
         if cell.cell_type == "markdown" and SWAP.search(cell.source):
             found.append(f"text: cell {number} promises that another base will do")
+        if cell.cell_type == "markdown" and RUN_IN.search(cell.source):
+            found.append(f"text: cell {number} has a head in bold; make it a heading or a sentence")
+        if cell.cell_type == "markdown" and re.search(r"^#+ .*\$", cell.source, re.M):
+            found.append(f"text: cell {number} has a formula in a heading")
         for other in re.findall(r"https://github\.com/[\w.-]+/rlora-book", cell.source):
             if other != URL:
                 found.append(f"text: cell {number} names {other} instead of {URL}")
@@ -261,9 +283,7 @@ def faults(nb, name: str) -> list[str]:
     checks = [check_outputs, check_pictures, check_text]
     if name != WAY_IN:
         checks += [check_parts, check_exercises]
-    if name[:2] not in OPEN:
-        checks += [check_folds]
-    found = [fault for check in checks for fault in check(nb)]
+    found = [fault for check in checks for fault in check(nb)] + check_folds(nb, name)
     if name == WAY_IN:
         found += check_headings(nb, WAY_IN_PARTS)
     return check_opening(nb, name) + check_setup(nb, name) + found + check_stamp(nb, name)
@@ -330,10 +350,16 @@ BREAKS = {
         "mystnb"
     ),
     "pictures: cell": lambda nb: code_cell(nb, images).metadata["mystnb"]["image"].pop("alt"),
+    "has type of less": lambda nb: code_cell(nb, images).update(source="ax.text('', fontsize=8)"),
+    "prints a table": lambda nb: code_cell(nb).update(
+        outputs=output("stream", text="lora  " + "1.0  " * 20)
+    ),
     "shows a file": lambda nb: nb.cells[1].update(source="![a layer](layer.svg)"),
     "text: cell 1 holds": lambda nb: nb.cells[1].update(source="```{note}\nRaw.\n```"),
     "text: cell 2 holds": lambda nb: nb.cells[2].update(source="As {cite}`lora` says."),
     "text: cell 2 promises": lambda nb: nb.cells[2].update(source="Swap `load_base` for yours."),
+    "text: cell 4 has a head": lambda nb: nb.cells[4].update(source="**Why.** Because."),
+    "text: cell 4 has a formula": lambda nb: nb.cells[4].update(source="## With $N$ heads"),
     "text: cell 1 names": lambda nb: nb.cells[1].update(source="https://github.com/me/rlora-book"),
     "stamp: stale": lambda nb: code_cell(nb, is_solution).update(source="# @title Solution"),
     "stamp: ran": lambda nb: nb.metadata[execute.STAMP].update(seconds=61),

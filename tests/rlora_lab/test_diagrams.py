@@ -1,5 +1,6 @@
 """The running diagram, SVG on a white ground that grows; and the style, which stays where it is."""
 
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -39,6 +40,17 @@ def test_a_stage_is_svg_on_a_white_ground_the_same_text_each_time(stage):
     with plt.rc_context({"font.size": 20, "mathtext.fontset": "stix", "svg.fonttype": "none"}):
         plt.figure()  # what else is set and drawn makes no difference
         assert STAGES[stage]().data == first
+
+
+PAGE = 516  # points: the width of a page's text, to which a wider drawing is shrunk
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_its_type_has_nine_points_on_the_page(stage):
+    drawn = STAGES[stage]().data
+    width = float(ElementTree.fromstring(drawn).get("width").removesuffix("pt"))
+    sizes = [100 * float(size) for size in re.findall(r"scale\(([\d.]+) -", drawn)]
+    assert sizes and min(sizes) * min(1, PAGE / width) >= 9
 
 
 def test_the_diagram_grows():

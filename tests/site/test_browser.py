@@ -5,6 +5,7 @@ It stands below a path, as on GitHub Pages, and an address that it does not have
 
 import functools
 import http.server
+import itertools
 import re
 import shutil
 import threading
@@ -167,6 +168,60 @@ UNREACHED = """() => [...document.querySelectorAll('main *')]
     .map(e => e.outerHTML.slice(0, 160))"""
 
 
+# Pictures whose type is smaller than it was set: matplotlib's PNG has 144 pixels an inch, SVG its
+# own size, and the layer's drawings are set half a point larger for it.
+SHRUNK = """() => [...document.querySelectorAll('.bd-article .cell_output img')].map(img => {
+    const set = img.src.endsWith('.svg') ? 1.06 : 1.5;
+    const size = img.getBoundingClientRect().width / img.naturalWidth * set;
+    return [img.alt.slice(0, 60), Math.round(100 * size)];
+}).filter(([, percent]) => percent < 99)"""
+
+# Code that does not fit its box, folded or not: more than 85 columns.
+SIDEWAYS = """() => {
+    const folds = [...document.querySelectorAll('.bd-article details:not([open])')];
+    for (const fold of folds) fold.open = true;
+    const wide = [...document.querySelectorAll('.bd-article .cell_input pre')]
+        .filter(pre => pre.scrollWidth > pre.clientWidth + 1)
+        .filter(pre => !/pip install/.test(pre.innerText))
+        .map(pre => pre.innerText.slice(0, 80));
+    for (const fold of folds) fold.open = false;
+    return wide;
+}"""
+
+# In tables: words of neighbouring cells that nearly touch, and labels and numbers that are broken.
+CRAMPED = """() => {
+    const boxes = cell => {
+        const found = [], texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+        while (texts.nextNode()) {
+            const text = texts.currentNode, range = document.createRange();
+            if (!text.data.trim() || text.parentElement.closest('.katex-mathml')) continue;
+            range.selectNodeContents(text);
+            found.push(...[...range.getClientRects()].filter(box => box.width));
+        }
+        return found;
+    };
+    const found = [];
+    for (const row of document.querySelectorAll('.bd-article :is(.table, .dataframe) tr')) {
+        let end = -Infinity;
+        for (const cell of row.cells) {
+            const lines = boxes(cell), text = cell.textContent.trim();
+            if (!lines.length) continue;
+            const left = Math.min(...lines.map(box => box.left));
+            if (left - end < 8) found.push(`touches: ${text}`);
+            end = Math.max(...lines.map(box => box.right));
+            const whole =
+                /^[-+−±~<>≤≥]?\\s?\\d[^a-z\\u3000-\\uffee]*$|\\d%? to [-+−]?\\d/.test(text);
+            const label = !cell.cellIndex && !cell.closest('.runs')
+                && text.replace(/[\\u3000-\\uffee]/g, 'xx').length <= 24;
+            if (!(whole && text.length <= 40) && !label) continue;
+            if (cell.querySelector('br, code, .katex')) continue;
+            if (lines.at(-1).top - lines[0].top > 8) found.push(`broken: ${text}`);
+        }
+    }
+    return found;
+}"""
+
+
 def faults(context: BrowserContext, name: str) -> dict[str, list]:
     """What is wrong with a page in light, in dark and at a phone's width, by kind."""
     page = context.new_page()
@@ -183,6 +238,9 @@ def faults(context: BrowserContext, name: str) -> dict[str, list]:
     found["mathematics"] += re.findall(r"\$\$|\\\(|\\\[|\\frac|\\mathrm", text)
     page.add_style_tag(content="* { transition: none !important; }")  # themes fade into each other
     found["light"] = faint(page)
+    found["type"] = page.evaluate(SHRUNK)
+    found["code"] = page.evaluate(SIDEWAYS)
+    found["tables"] = page.evaluate(CRAMPED)
     page.emulate_media(color_scheme="dark")
     page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
     found["dark"] = faint(page)
@@ -190,6 +248,7 @@ def faults(context: BrowserContext, name: str) -> dict[str, list]:
     found["phone"] = page.evaluate(OVERFLOW)
     width = page.evaluate("document.documentElement.scrollWidth")
     found["phone"] += [width] if width > PHONE["width"] else []
+    found["tables"] += page.evaluate(CRAMPED)
     found["keyboard"] = page.evaluate(UNREACHED)
     if name == FULLEST or not re.match(r"book/\d", name):
         page.set_viewport_size(WIDE)
@@ -223,7 +282,14 @@ p { color: #999; background: #fff; }
 </style></head><body><main style='width: 900px'>
 <p>hardly to be read</p><input><p>$$x$$</p>
 <div style='width: 99px; overflow: auto'><div style='width: 999px'>long</div></div>
-<img src='none.png' alt=''><img src='https://example.org/a.png' alt=''></main><script>
+<img src='none.png' alt=''><img src='https://example.org/a.png' alt=''>
+<div class='bd-article'><div class='cell_output'><img alt='small' width=60
+src="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' width='100' height='9'/%3E"></div>
+<div class='cell_input' style='width: 99px'>
+<pre style='overflow: hidden'>a = "much longer"</pre></div>
+<table class='table' style='border-spacing: 0; width: 9px'><tr>
+<td style='padding: 0'>two words</td>
+<td style='padding: 0'>1.0 to 2.0</td></tr></table></div></main><script>
 matchMedia('(prefers-color-scheme: dark)').onchange =
     () => { document.documentElement.dataset.theme = 'dark'; };
 undefined_name;
@@ -239,6 +305,8 @@ def test_faults_are_seen(light):
     assert {text.split(":")[0] for text in found["axe"]} >= {"label", "html-has-lang"}
     assert found["mathematics"] == ["$$", "$$"]
     assert found["phone"][-1] > PHONE["width"] and "<p>" in found["phone"][0]
+    assert found["type"] == [["small", 90]] and found["code"] == ['a = "much longer"']
+    assert found["tables"][:3] == ["broken: two words", "touches: 1.0 to 2.0", "broken: 1.0 to 2.0"]
     assert len(found["keyboard"]) == 1 and "999px" in found["keyboard"][0]
     assert any("undefined_name" in text for text in found["errors"])
     assert [url.rpartition("/")[2] for url in found["missing"]] == ["none.png"]
@@ -359,6 +427,33 @@ def test_pictures_fit_a_phone_and_a_tap_enlarges_them(page):
     expect(large).to_have_count(0)
 
 
+PANELS = """() => [...document.querySelectorAll('.bd-article .tag_panels .cell_output')].map(box =>
+    [...box.querySelectorAll('img')].map(img => {
+        const {left, right, top, bottom, width} = img.getBoundingClientRect();
+        return {left, right, top, bottom, share: width / box.clientWidth};
+    }))"""
+
+
+@pytest.mark.parametrize("chapter", ["01_low_rank", "05b_pulled_apart", "06_head_dropout"])
+def test_panels_stand_side_by_side_or_one_below_the_other(page, chapter):
+    page.goto(f"book/{chapter}.html")
+    cells = page.evaluate(PANELS)
+    assert cells
+    for panels in cells:
+        across = 2 if len(panels) % 3 else 3
+        assert len(panels) % across == 0
+        for start in range(0, len(panels), across):
+            row = panels[start : start + across]
+            for one, next in itertools.pairwise(row):
+                assert one["right"] <= next["left"] and abs(one["top"] - next["top"]) < 4
+            assert sum(panel["share"] for panel in row) > 0.9
+    page.set_viewport_size({"width": 390, "height": 844})
+    for panels in page.evaluate(PANELS):
+        assert all(panel["share"] > 0.95 for panel in panels)
+        for one, next in itertools.pairwise(panels):
+            assert one["bottom"] <= next["top"]
+
+
 def test_the_first_page_shows_the_finding_and_the_ways_in(page, built):
     page.set_viewport_size({"width": 1280, "height": 900})
     page.goto("index.html")
@@ -456,14 +551,35 @@ def test_search_stays_in_sight_on_the_last_pages(page):
     expect(page.locator(".bd-sidebar-primary .search-button-field")).to_be_in_viewport(ratio=1)
 
 
-def test_print_shows_whole_code_and_open_solutions(page):
-    page.goto("book/04_many_heads.html")
+# What a printed page would lose: what is not to be seen yet, what is cut, lines of code that break.
+PRINTED = """() => {
+    const all = selector => [...document.querySelectorAll(`.bd-article ${selector}`)];
+    const style = (e, name) => getComputedStyle(e)[name];
+    const columns = pre => Math.max(...pre.innerText.split('\\n').map(line => line.length));
+    const lines = pre => pre.innerText.trimEnd().split('\\n').length;
+    const room = pre => pre.clientHeight - 2 * parseFloat(style(pre, 'paddingTop'));
+    return {
+        moving: all('details.hide *').filter(e => style(e, 'animationName') !== 'none').length,
+        heads: all('details.hide > summary').filter(e => style(e, 'display') !== 'none').length,
+        cut: all('*').filter(e => !e.closest('.katex') && e.scrollWidth > e.clientWidth + 1
+            && style(e, 'display') !== 'inline' && e.clientWidth > 1)
+            .map(e => e.outerHTML.slice(0, 80)),
+        broken: all('.cell_input pre').filter(pre => columns(pre) <= 85
+            && room(pre) > (lines(pre) + 0.9) * parseFloat(style(pre, 'lineHeight')))
+            .map(pre => pre.innerText.slice(0, 80)),
+    };
+}"""
+
+
+@pytest.mark.parametrize("chapter", ["04_many_heads", "09_gpu_benchmark"])
+def test_print_shows_whole_code_and_open_solutions(page, chapter):
+    page.set_viewport_size({"width": 718, "height": 1047})  # A4, less a centimetre at each side
+    page.goto(f"book/{chapter}.html")
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     folded = page.locator("details.hide")
     assert folded.count() > 3 and page.locator("details.hide:not([open])").count() == 0
-    cut = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"
-    assert page.locator(".bd-article pre").evaluate_all(cut) == []
+    assert page.evaluate(PRINTED) == {"moving": 0, "heads": 0, "cut": [], "broken": []}
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details.hide[open]").count() == 0
 

@@ -21,6 +21,7 @@ TRAINED = {"facecolor": "#E3F0F8", "edgecolor": OKABE_ITO["blue"], "linestyle": 
 RANDOM = {"facecolor": "#FDF3DC", "edgecolor": OKABE_ITO["orange"], "linestyle": "-"}
 ROUTER = {"facecolor": "#DFF3EC", "edgecolor": OKABE_ITO["green"], "linestyle": "-"}
 GREY = "#333333"
+TYPE = 9.5  # points, so that the widest drawing has 9 in the width of a page
 PALE = 0.25  # of what a picture shows only as the place of the part at issue
 PARTS = ("base", "A", "heads", "masks", "router", "side pair")
 IN_WIDE, R_WIDE, OUT_WIDE = (
@@ -51,12 +52,12 @@ def _box(axes: Axes, x: float, y: float, text: str, look: dict, left=0.5, right=
     half = width / 2
     corners = [(x - half, y - left), (x - half, y + left), (x + half, y + right)]
     axes.add_patch(Polygon([*corners, (x + half, y - right)], linewidth=1.4, **look))
-    axes.text(x, y, text, ha="center", va="center", fontsize=9)
+    axes.text(x, y, text, ha="center", va="center", fontsize=TYPE)
 
 
 def _circle(axes: Axes, x: float, y: float, text: str) -> None:
     axes.add_patch(Circle((x, y), 0.22, facecolor="white", edgecolor=GREY, linewidth=1.2))
-    axes.text(x, y, text, ha="center", va="center", fontsize=9)
+    axes.text(x, y, text, ha="center", va="center", fontsize=TYPE)
 
 
 def _arrow(axes: Axes, *points: tuple[float, float], text: str = "", at: int = 0) -> None:
@@ -67,11 +68,11 @@ def _arrow(axes: Axes, *points: tuple[float, float], text: str = "", at: int = 0
     axes.annotate("", xy=points[-1], xytext=points[-2], arrowprops=style)
     if text:
         (x0, y0), (x1, y1) = points[at : at + 2]
-        axes.text((x0 + x1) / 2, max(y0, y1) + 0.08, text, ha="center", va="bottom", fontsize=8)
+        axes.text((x0 + x1) / 2, max(y0, y1) + 0.08, text, ha="center", va="bottom", fontsize=TYPE)
 
 
 def _note(axes: Axes, x: float, y: float, text: str, look: dict) -> None:
-    axes.text(x, y, text, ha="center", va="center", fontsize=8, color=look["edgecolor"])
+    axes.text(x, y, text, ha="center", va="center", fontsize=TYPE, color=look["edgecolor"])
 
 
 @contextmanager
@@ -123,9 +124,9 @@ def _lora(axes: Axes) -> None:
     _arrow(axes, (3.6, low), (4.4, low), text=R_WIDE)
     _box(axes, 4.85, low, "$B$", TRAINED, 0.2, 0.55)
     _note(axes, 4.0, low - 0.6, "trained", TRAINED)
-    _arrow(axes, (5.3, low), (6.08, low), text=OUT_WIDE)
-    _circle(axes, 6.3, low, "$s$")
-    _arrow(axes, (6.52, low), (6.9, low), (6.9, top - 0.22))
+    _arrow(axes, (5.3, low), (6.2, low), text=OUT_WIDE)
+    _circle(axes, 6.42, low, "$s$")
+    _arrow(axes, (6.64, low), (6.9, low), (6.9, top - 0.22))
 
 
 @book_style()
@@ -146,9 +147,9 @@ def lora_for_tasks() -> SVG:
         (2.3, "task 2", "vermillion"),
         (1.85, "task $T$", "green"),
     ):
-        axes.text(-1.7, y, text, ha="left", va="center", fontsize=9, color=OKABE_ITO[color])
+        axes.text(-1.7, y, text, ha="left", va="center", fontsize=TYPE, color=OKABE_ITO[color])
         _arrow(axes, (-0.85, y), (-0.02, 2.3 + (y - 2.3) / 6))
-    axes.text(-1.3, 2.08, r"$\vdots$", ha="center", va="center", fontsize=9)
+    axes.text(-1.3, 2.08, r"$\vdots$", ha="center", va="center", fontsize=TYPE)
     return _svg(figure)
 
 
@@ -168,7 +169,7 @@ def heads_layer(side_pair: bool = False, masks: bool = False, lit: Collection[st
     if unknown:
         raise ValueError(f"no part {unknown[0]!r}: there are {', '.join(PARTS)}")
     figure, axes = _canvas(10.4, 5.4 if side_pair else 4.5)
-    base, plus, gate, total = 4.4 if side_pair else 3.5, 9.4, 7.15, 8.15
+    base, plus, gate, total = 4.4 if side_pair else 3.5, 9.4, 7.15, 8.05
     top, middle, router = base + 0.4, base - 1.4, base - 3.0
     ways = (middle + 0.8, middle, middle - 0.8)
     with _shown(axes, "base" in lit):
@@ -178,7 +179,7 @@ def heads_layer(side_pair: bool = False, masks: bool = False, lit: Collection[st
         _arrow(axes, (0.7, top), (0.7, middle), (1.3, middle))
         _box(axes, 1.75, middle, "$A$", TRAINED, 0.5, 0.2)
         _note(axes, 1.75, middle - 0.62, "trained", TRAINED)
-        axes.text(2.62, middle + 0.08, R_WIDE, ha="center", va="bottom", fontsize=8)
+        axes.text(2.62, middle + 0.08, R_WIDE, ha="center", va="bottom", fontsize=TYPE)
         axes.plot(
             [2.2, 3.05], [middle, middle], color=GREY, linewidth=1.1, linestyle="-", marker=""
         )

@@ -79,12 +79,15 @@ def use_book_style() -> None:
     shell.events.register("post_run_cell", _leave)  # pictures were shown before, at post_execute
 
 
-def panels(count: int, figsize: tuple[float, float] = (3.5, 2.9)) -> list[Axes]:
-    """The axes of `count` pictures of their own, of `figsize` inches each.
+def panels(count: int, height: float = 2.9) -> list[Axes]:
+    """The axes of `count` pictures of their own, each `height` inches high.
 
-    A cell that is tagged `panels` shows them side by side, and below one another on a phone.
+    A cell that is tagged `panels` shows them side by side, and below one another on a phone. Three
+    stand in a row where `count` is a multiple of three, else two: in either width the type keeps
+    its size on the page.
     """
-    return [plt.subplots(figsize=figsize)[1] for _ in range(count)]
+    width = 3.4 if count % 3 else 2.2
+    return [plt.subplots(figsize=(width, height))[1] for _ in range(count)]
 
 
 def _method(label: str, color: str, marker: str, linestyle: object) -> dict:

@@ -489,14 +489,16 @@ def scores_text(record: dict) -> str:
     columns += [("after", "exact"), ("after", "no_option"), ("after", "choice")]
     columns += [("exported", "exact")]
     words = {"exact": "exact", "no_option": "no option", "choice": "choice"}
+    wide = {"exact": 10, "no_option": 10, "choice": 7}
     width = max(map(len, record["tasks"]))
     lines = [
-        " " * width + "    rows  chance" + "".join(f"{when:>10}" for when, _ in columns),
-        " " * (width + 16) + "".join(f"{words[what]:>10}" for _, what in columns),
+        " " * width + "  rows chance" + "".join(f"{when:>{wide[what]}}" for when, what in columns),
+        " " * (width + 13) + "".join(f"{words[what]:>{wide[what]}}" for _, what in columns),
     ]
     for task, own in record["tasks"].items():
-        cells = [own.get(when, {}).get(what) for when, what in columns]
-        shown = ("–" if cell is None else f"{cell:.0%}" for cell in cells)
-        line = f"{task:{width}}{own['rows']['test']:8}{own['chance']:8.0%}"
-        lines.append(line + "".join(f"{cell:>10}" for cell in shown))
+        line = f"{task:{width}}{own['rows']['test']:6}{own['chance']:7.0%}"
+        for when, what in columns:
+            share = own.get(when, {}).get(what)
+            line += f"{'–' if share is None else f'{share:.0%}':>{wide[what]}}"
+        lines.append(line)
     return "\n".join(lines)
