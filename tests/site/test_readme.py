@@ -59,7 +59,7 @@ PICTURES = runpy.run_path(str(ROOT / "book" / "pictures.py"))
 @pytest.mark.parametrize("page", ["README.md", "index.md"])
 def test_the_first_sentence_has_the_recorded_number(page):
     text = " ".join((ROOT / page).read_text().split())
-    first = PICTURES["sentence"](PICTURES["main_lines"]()[0])
+    first = " ".join(PICTURES["sentence"](PICTURES["main_lines"]()[0]).split())
     assert f"{first}, and in none of the comparisons that are finished is it better." in text
     assert not any(line.verdict == "better" for line in overview()[0])
 

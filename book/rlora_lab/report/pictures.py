@@ -90,7 +90,7 @@ def forest(
             capsize=3,
         )
     names = [label(c.name).replace(": ", "\n") for c in contrasts]
-    ax.set_yticks(range(len(contrasts)), names, fontsize=8 if tall else None)
+    ax.set_yticks(range(len(contrasts)), names, fontsize=9 if tall else None)
     ax.set(xlabel="percentage points, 95 % interval")
     ax.set_title(title, pad=18)
     ax.set_ylim(len(contrasts) - 0.5, -0.5)
@@ -116,7 +116,7 @@ def task_dots(
     ax.set_ylim(len(tasks) - 0.5, -0.5)
     ax.set(xlabel=f"{metric or result['metrics'][0]} on test data, per cent")
     ax.set_title(f"Large: mean of {len(result['seeds'])} seeds; small: each seed")
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -132,7 +132,7 @@ def similarity_plot(result: dict, kind: str = "change") -> Figure:
     what = "what training added to the heads" if kind == "change" else "the trained heads"
     ax.set(xlabel=f"mean cosine of {what}", ylabel=f"{result['metrics'][0]}, per cent")
     ax.set_title("Small: a run; large: a method's mean")
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -152,7 +152,7 @@ def rate_curves(result: dict, methods: Sequence[str] | None = None) -> Figure:
     ax.set_xticks(sorted(every), [f"{rate:g}" for rate in sorted(every)], rotation=45)
     ax.minorticks_off()
     ax.set_title(f"Mean of sweep seeds ({len(result['sweep_seeds'])}); rings: chosen")
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -163,7 +163,7 @@ def related_plot(found: dict[str, list[Contrast]], against: str = "lora") -> Fig
         "different": {"color": OKABE_ITO["vermillion"], "marker": "P", "linestyle": "-"},
         "related": {"color": OKABE_ITO["blue"], "marker": "o", "linestyle": "-"},
     }
-    ax.axvline(0, color="black", linewidth=1, linestyle="-", marker="")
+    _ends(ax, f"{label(against)} better", "the method better")
     for shift, (kind, look) in zip((-0.14, 0.14), looks.items(), strict=True):
         for y, c in enumerate(found[kind]):
             ax.errorbar(
@@ -178,6 +178,5 @@ def related_plot(found: dict[str, list[Contrast]], against: str = "lora") -> Fig
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel=f"percentage points less {label(against)}, 95 % interval")
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.grid(axis="y", visible=False)
     figure.legend(loc="outside upper center", ncols=2)
     return figure
