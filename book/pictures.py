@@ -57,12 +57,18 @@ def main_lines() -> list[Line]:
 
 def sentence(line: Line) -> str:
     """What the first page and the README begin with."""
-    side = "more" if line.mean > 0 else "less"
-    points = f"{abs(line.mean):.1f} percentage points {side}"
     interval = f"{line.low:+.1f} to {line.high:+.1f}".replace("-", "−")
+    measured = f"95\u00a0% interval {interval}, {line.seeds} seeds: {line.verdict}"
+    if line.verdict == "equivalent":
+        mean = f"{line.mean:+.1f}".replace("-", "−")
+        return (
+            f"**On {line.what}, R-LoRA scores what a plain LoRA of the same size does** "
+            f"({mean} percentage points, {measured})"
+        )
+    side = "more" if line.mean > 0 else "less"
     return (
-        f"**On {line.what}, R-LoRA scores {points} than a plain LoRA of the same size** "
-        f"(95\u00a0% interval {interval}, {line.seeds} seeds: {line.verdict})"
+        f"**On {line.what}, R-LoRA scores {abs(line.mean):.1f} percentage points {side} than a "
+        f"plain LoRA of the same size** ({measured})"
     )
 
 
