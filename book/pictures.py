@@ -57,10 +57,9 @@ def main_lines() -> list[Line]:
 
 def sentence(line: Line) -> str:
     """What the first page and the README begin with."""
-    interval = f"{line.low:+.1f} to {line.high:+.1f}".replace("-", "−")
-    measured = f"95\u00a0% interval {interval}, {line.seeds} seeds: {line.verdict}"
+    mean, low, high = (f"{x:+.1f}".replace("-", "−") for x in (line.mean, line.low, line.high))
+    measured = f"95\u00a0% interval {low} to {high}, {line.seeds} seeds: {line.verdict}"
     if line.verdict == "equivalent":
-        mean = f"{line.mean:+.1f}".replace("-", "−")
         return (
             f"**On {line.what}, R-LoRA scores what a plain LoRA of the same size does** "
             f"({mean} percentage points, {measured})"

@@ -15,7 +15,7 @@ import torch
 from chapter_code import BOOK, read
 from datasets import Dataset
 from gguf_file import write_gguf
-from lab_helpers import needs_smollm2
+from lab_helpers import needs_smollm2, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from rlora_helpers import perturb
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
@@ -234,7 +234,7 @@ def test_a_harness_takes_the_export_and_from_python_the_routed_model(tmp_path):
     from lm_eval.tasks import TaskManager
 
     rows = [{"prompt": f"{n} and 1 is", "answer": "a", "options": ["a", "b"]} for n in range(3)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "units.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
     base = smollm2_folder()
     routed = moved_adapter(base, tmp_path)
