@@ -85,10 +85,11 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
     plan = _with_sources(plan, name)
     all_records, settings = read_all(plan, records)
     tested = [r for r in all_records[name] if r["stage"] == "test"]
-    done = {(r["method"], r["seed"]) for r in tested}
-    methods = [m for m in block.methods if any(m == method for method, _ in done)]
+    done = {m: {r["seed"] for r in tested if r["method"] == m} for m in block.methods}
     methods = [  # a control comes when all of its seeds are run
-        m for m in methods if m not in block.like or {(m, s) for s in block.seeds_of(m)} <= done
+        m
+        for m, seeds in done.items()
+        if seeds and (m not in block.like or set(block.seeds_of(m)) <= seeds)
     ]
     if set(methods) <= block.like.keys():
         raise LabError(f"{name}: nothing has been scored on test data yet")
@@ -97,9 +98,7 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
     setting = settings[name][0]
     todo, later = missing(plan, block, all_records)
     sweeps = {m: sweep_scores(all_records[name], m) for m in methods}
-    seeds = [
-        {r["seed"] for r in tested if r["method"] == m} for m in methods if m not in block.like
-    ]
+    seeds = [done[m] for m in methods if m not in block.like]
     sizes = [
         r["adapter_parameters"]
         for r in tested

@@ -45,9 +45,9 @@ def overview_plot(lines: Sequence[Line]) -> Figure:
     "equivalent", else filled."""
     figure, ax = plt.subplots(figsize=(6.4, 1.1 + 0.27 * len(lines)))
     _ends(ax, "LoRA better", "R-LoRA better")
+    fill = {"cannot tell": "white", "equivalent": "#BBBBBB"}
     for y, line in enumerate(lines):
         color = OKABE_ITO["vermillion" if line.block in LANGUAGE else "blue"]
-        fill = {"cannot tell": "white", "equivalent": "#BBBBBB"}
         ax.errorbar(
             line.mean,
             y,
