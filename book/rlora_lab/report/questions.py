@@ -304,7 +304,7 @@ def advise(result: dict) -> tuple[str, list[Contrast]]:
     be told, the simplest stays.
     """
     pairs = list(combinations(SIMPLEST_FIRST, 2))
-    found = family({f"{two} less {one}": differences(result, two, one) for one, two in pairs})
+    found = contrasts(result, {f"{two} less {one}": (two, one) for one, two in pairs})
     beaten = {
         one if c.verdict == "better" else two
         for (one, two), c in zip(pairs, found, strict=True)
