@@ -184,8 +184,9 @@ def test_stored_records_are_what_their_plan_says(block: str, capsys: pytest.Capt
         assert ((0 <= scores) & (scores <= 1)).all()
         sizes = {r.get("adapter_parameters") for r in chosen_records(result, method)}
         assert len(sizes) == 1
-        # M-LoRA had one rank for all modules when chapter 07's were run
-        off = 0.1 if block.startswith("chapter-07") else 0.03
+        # M-LoRA had one rank for all modules when chapter 07's were run; on the language model's
+        # upper blocks a rank of M-LoRA, or of a head for each task, is a large step
+        off = 0.12 if block.startswith(("chapter-07", "language")) else 0.03
         if method not in OTHER_SIZE and result["rlora_parameters"]:
             assert abs(sizes.pop() / result["rlora_parameters"] - 1) < off
     for record in result["records"]:

@@ -29,9 +29,10 @@ NAMES = {
     "one-head": "one random head",
     "mlora": "M-LoRA",
     "hydralora": "HydraLoRA",
+    "hydralora-classic": "HydraLoRA at alpha/r",
     "lora-rank": "LoRA of equal rank",
 }
-BLOCKS = ("synthetic", "sentences")
+BLOCKS = ("language", "synthetic", "sentences")
 
 
 def rows() -> list[str]:
@@ -42,9 +43,9 @@ def rows() -> list[str]:
     lines = []
     for method, name in NAMES.items():
         cells = []
-        for c in (found[method] for found in contrasts):
-            star = "" if c.verdict == "cannot tell" else " *"
-            cells.append(f"{c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f}){star}")
+        for c in (found.get(method) for found in contrasts):
+            star = "" if not c or c.verdict == "cannot tell" else " *"
+            cells.append(f"{c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f}){star}" if c else "–")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -88,10 +89,16 @@ def test_the_last_row_is_smaller():
 
 
 def test_its_sentence_is_the_measured_one():
-    strings, text = (
-        next(c for c in rlora_less(load_evidence(block, say=False)) if c.name == "lora")
-        for block in BLOCKS
+    model, strings, text = (
+        {c.name: c for c in rlora_less(load_evidence(block, say=False))} for block in BLOCKS
     )
+    assert "far ahead of HydraLoRA as the released code scales it, and not of HydraLoRA at" in README
+    assert model["hydralora-classic"].verdict == "better" and model["hydralora-classic"].mean > 2
+    assert model["hydralora"].verdict == "cannot tell"
+    assert "no part of R-LoRA made a difference there that could be told" in README
+    told = [name for name, c in model.items() if c.verdict != "cannot tell"]
+    assert told == ["hydralora-classic"]
+    strings, text = strings["lora"], text["lora"]
     assert "Its mean\nover tasks was not, in any comparison that is finished" in README
     assert strings.verdict == "cannot tell"
     record = load_evidence("synthetic", say=False)
@@ -105,5 +112,8 @@ def test_its_sentence_is_the_measured_one():
     different = {c.name: c.verdict for c in relatedness(pairs)["different"]}
     assert [n for n in pairs if different[f"{n}: rlora"] == "worse"] == [2, 8]
     assert "it is better on two and on eight string tasks that differ" in README
-    seeds = [len(load_evidence(block, say=False)["seeds"]) for block in BLOCKS]
-    assert f"ten string tasks, {seeds[0]} seeds | five sentence tasks, {seeds[1]} seeds" in README
+    model, strings, text = (load_evidence(block, say=False) for block in BLOCKS)
+    controls = len(chosen_records(model, "mlora"))
+    assert f"eight language tasks, {len(model['seeds'])} and {controls} seeds |" in README
+    assert f"ten string tasks, {len(strings['seeds'])} seeds |" in README
+    assert f"five sentence tasks, {len(text['seeds'])} seeds |" in README
