@@ -361,6 +361,21 @@ def test_a_rate_is_not_chosen_anew(tmp_path: Path):
         evidence(tmp_path, plan)
 
 
+@pytest.mark.parametrize("rates", [[0.001, 0.002, 0.004], [0.002, 0.004], [0.001, 0.002]])
+def test_a_rate_at_an_end_of_its_sweep_is_told(rates: list[float], tmp_path: Path):
+    plan = make_up(tmp_path, a={})
+    those = "rates = [0.001, 0.002, 0.004]"
+    plan.write_text(plan.read_text().replace(those, f"extend = 0\nrates = {rates}"))
+    file = tmp_path / "a.jsonl"
+    lines = file.read_text().splitlines()
+    others = [f'"learning_rate":{rate},' for rate in {0.001, 0.004} - {*rates}]
+    kept = [line for line in lines if not any(other in line for other in others)]
+    file.write_text("\n".join(kept) + "\n")
+    result = evidence(tmp_path, plan)
+    assert result["chosen"]["lora"] == 0.002
+    assert result["at_end"] == ([] if len(rates) == 3 else METHODS)
+
+
 def test_scores_come_by_seed_wherever_their_records_stand(tmp_path: Path):
     result = evidence(tmp_path, make_up(tmp_path, a={}))
     scores = score_array(result, "rlora")
