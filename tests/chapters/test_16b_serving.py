@@ -332,11 +332,17 @@ def test_a_bad_pointer_is_passed_over_and_told(port, releases):
         status, health = call(port, "/health")
         assert status == 200 and json.loads(health)["status"] == "degraded", case
         assert "current" in json.loads(health)["fault"]
-        with pytest.raises(LabError, match="current"):
-            files.read_current(releases, ["v1", "v2"])
     files.write_current(releases, "v1")
     assert ask(port, "Dab=")[1]["model"] == "v1"
     assert json.loads(call(port, "/health")[1])["fault"] is None
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_pointer_is_refused(case: str, tmp_path):
+    if BAD[case] is not None:
+        (tmp_path / files.CURRENT).write_text(BAD[case])
+    with pytest.raises(LabError, match="current"):
+        files.read_current(tmp_path, ["v1", "v2"])
 
 
 def test_a_reader_never_sees_half_a_pointer(tmp_path):
