@@ -4,6 +4,7 @@ One server for all, started by the command as anybody would start it, with the s
 first fixture. It is killed in part once, and at last it is stopped while it has work.
 """
 
+import asyncio
 import http.client
 import json
 import re
@@ -311,6 +312,7 @@ BAD = {
     "a list": "[]",
     "no share": '{"stable": "v1", "candidate": null}',
     "no such release": '{"stable": "v9", "candidate": null, "share": 0}',
+    "no such candidate": '{"stable": "v1", "candidate": "v9", "share": 0.1}',
     "a share of 2": '{"stable": "v1", "candidate": "v2", "share": 2}',
     "a word": '{"stable": "v1", "candidate": "v2", "share": "half"}',
 }
@@ -330,11 +332,17 @@ def test_a_bad_pointer_is_passed_over_and_told(port, releases):
         status, health = call(port, "/health")
         assert status == 200 and json.loads(health)["status"] == "degraded", case
         assert "current" in json.loads(health)["fault"]
-        with pytest.raises(LabError, match="current"):
-            files.read_current(releases, ["v1", "v2"])
     files.write_current(releases, "v1")
     assert ask(port, "Dab=")[1]["model"] == "v1"
     assert json.loads(call(port, "/health")[1])["fault"] is None
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_pointer_is_refused(case: str, tmp_path):
+    if BAD[case] is not None:
+        (tmp_path / files.CURRENT).write_text(BAD[case])
+    with pytest.raises(LabError, match="current"):
+        files.read_current(tmp_path, ["v1", "v2"])
 
 
 def test_a_reader_never_sees_half_a_pointer(tmp_path):
@@ -471,6 +479,126 @@ def test_the_command_names_what_it_can_t_serve(releases, tmp_path, monkeypatch, 
     assert "current.json can't be read" in refused(tmp_path)
 
 
+def test_the_command_s_options_reach_the_deployments(releases, monkeypatch):
+    files.write_current(releases, "v1")
+    given = []
+    monkeypatch.setattr("rlora_lab.serving.serve._run", lambda *all: given.append(all))
+    options = ["--max-queue", "3", "--max-batch", "5", "--timeout", "7"]
+    monkeypatch.setattr(sys, "argv", ["rlora_lab", "serve", str(releases), *options])
+    with pytest.raises(SystemExit):
+        main()
+    args, deployments, names = given[0][:3]
+    own = {"folder": str(releases), "base": "tiny", "max_batch": 5, "timeout": 7, "max_time": 10}
+    assert args | own == args and names == ["v1", "v2"]
+    for name in ("stable", "candidate"):
+        assert deployments[name]["max_queued_requests"] == 3
+        assert deployments[name]["max_ongoing_requests"] == 2 * 5
+
+
+# Parts of the server, without it
+
+
+class Handle:
+    """In the place of a deployment's: each call takes the next of these, seconds or an answer."""
+
+    def __init__(self, *outcomes: float | dict | Exception) -> None:
+        self.outcomes = list(outcomes)
+
+    def options(self, **names: str) -> "Handle":
+        return self
+
+    async def remote(self, asked: openai.Asked) -> dict:
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if isinstance(outcome, float):
+            await asyncio.sleep(outcome)
+        return outcome
+
+
+TOLD = {"text": "yes", "finish_reason": "stop", "prompt_tokens": 5, "completion_tokens": 1}
+
+
+def front_of(folder: Path, *outcomes: float | dict | Exception, timeout: float = 30):
+    """The front, without what Ray Serve puts around it; the stable adapters answer like that."""
+    from rlora_lab.serving.front import Front
+
+    files.write_current(folder, "v1")
+    return Front.func_or_class.__mro__[1](str(folder), timeout, Handle(*outcomes), Handle())
+
+
+def test_what_fails_behind_the_front_has_a_status_and_a_reason(releases):
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import BackPressureError
+
+    from rlora_lab.serving import front
+
+    asked, dead = openai.Completion(prompt="Dab="), RayActorError()
+    assert asyncio.run(front_of(releases, dead, dead, TOLD)._ask("v1", asked)) == TOLD
+    for outcomes, status, why in (
+        ([1.0], 504, "0.1 s"),
+        ([RuntimeError("out of memory")], 500, "RuntimeError"),
+        ([dead] * front.TRIES, 500, "RayActorError"),
+        ([BackPressureError(3, 3)], 503, "Too many"),
+    ):
+        with pytest.raises(openai.Refused, match=why) as found:
+            asyncio.run(front_of(releases, *outcomes, timeout=0.1)._ask("v1", asked))
+        answer = asyncio.run(front.refused(None, found.value))
+        assert answer.status_code == status
+        assert ("Retry-After" in answer.headers) == (status == 503)
+
+
+def test_while_it_ends_nothing_new_is_taken(releases, monkeypatch):
+    monkeypatch.setattr("rlora_lab.serving.front.QUIET", 0.1)
+
+    async def end() -> None:
+        front = front_of(releases)
+        front.waiting = 1
+        closing = asyncio.create_task(front.close())
+        await asyncio.sleep(0.3)
+        assert not closing.done()  # somebody still waits
+        with pytest.raises(openai.Refused, match="being stopped"):
+            await front._reply(openai.Completion, None)
+        front.waiting = 0
+        await closing
+
+    asyncio.run(end())
+
+
+def test_what_one_replica_does(releases, said, monkeypatch):
+    """Loads what is asked for and makes room, cuts at a stop, knows an end, keeps to its limits."""
+    from rlora_lab.serving.adapters import Adapters, Settings
+
+    own = Settings(folder=str(releases), threads=1, dtype="float32")
+    replica = Adapters.func_or_class(own)
+    row = TOKENIZER.encode("Ocgbcce="), 6, []
+
+    def answers_of(*names: str) -> list[str]:
+        return [replica._answer_all(name, [row])[0]["text"] for name in names]
+
+    expected = [said(name, "Ocgbcce=") for name in ("v1", "v2")]
+    replica._load("v1")
+    assert answers_of("v1", "v2") == expected
+    replica._drop("v1")
+    assert list(replica.model.peft_config) == ["v2"]
+    replica.calibration["v2"] = "spoiled"  # what watches must not take answers with it
+    assert answers_of("v1", "v2") == expected
+
+    new = TOKENIZER.encode("abc")
+    assert replica._said((*row[:2], ["c", "bc"]), new)["text"] == "a"
+    assert replica._said(row, new)["finish_reason"] == "length"
+    replica.model.generation_config.eos_token_id = new[-1]
+    assert replica._said(row, new)["finish_reason"] == "stop"
+
+    async def far_enough(name: str) -> str:
+        return "not looked at here"
+
+    monkeypatch.setattr(replica, "check", far_enough)
+    for letters, most, status in ((32, 32, 500), (33, 32, 413), (32, 33, 400)):
+        asked = openai.Completion(prompt="a" * letters, max_tokens=most)
+        assert asyncio.run(replica.answer(asked)).status == status
+
+
 def test_a_batch_ends_with_its_time_and_the_base_has_the_dtype_that_was_asked_for(releases):
     from rlora_lab.serving.adapters import Adapters, Settings
 
@@ -505,8 +633,7 @@ def test_chats_and_limits_in_openai_s_form():
     body = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 3}
     chat = openai.read(openai.Chat, json.dumps(body).encode())
     assert (chat.max_tokens, chat.model) == (3, "current")
-    told = {"text": "yes", "finish_reason": "stop", "prompt_tokens": 5, "completion_tokens": 1}
-    answer = openai.answer(chat, "1", "v1", told)
+    answer = openai.answer(chat, "1", "v1", TOLD)
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "yes"}
     chunks = list(openai.events(chat, answer))
     chunk = json.loads(chunks[0].removeprefix("data: "))

@@ -15,6 +15,8 @@ from chapter_code import BOOK
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lab_helpers import SETTING, plan_file, swept
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 from scipy import stats
 
 from rlora_lab.errors import LabError
@@ -26,6 +28,8 @@ from rlora_lab.report.loading import (
     provenance,
     score_array,
 )
+from rlora_lab.report.overview import overview
+from rlora_lab.report.pictures import forest, overview_plot, related_plot
 from rlora_lab.report.published import (
     PAIR,
     PUBLISHED,
@@ -358,6 +362,21 @@ def test_a_rate_is_not_chosen_anew(tmp_path: Path):
         evidence(tmp_path, plan)
 
 
+@pytest.mark.parametrize("rates", [[0.001, 0.002, 0.004], [0.002, 0.004], [0.001, 0.002]])
+def test_a_rate_at_an_end_of_its_sweep_is_told(rates: list[float], tmp_path: Path):
+    plan = make_up(tmp_path, a={})
+    those = "rates = [0.001, 0.002, 0.004]"
+    plan.write_text(plan.read_text().replace(those, f"extend = 0\nrates = {rates}"))
+    file = tmp_path / "a.jsonl"
+    lines = file.read_text().splitlines()
+    others = [f'"learning_rate":{rate},' for rate in {0.001, 0.004} - {*rates}]
+    kept = [line for line in lines if not any(other in line for other in others)]
+    file.write_text("\n".join(kept) + "\n")
+    result = evidence(tmp_path, plan)
+    assert result["chosen"]["lora"] == 0.002
+    assert result["at_end"] == ([] if len(rates) == 3 else METHODS)
+
+
 def test_scores_come_by_seed_wherever_their_records_stand(tmp_path: Path):
     result = evidence(tmp_path, make_up(tmp_path, a={}))
     scores = score_array(result, "rlora")
@@ -378,7 +397,58 @@ def test_gains_on_related_and_different_tasks(tmp_path: Path):
     assert by_name["interaction"]["2 tasks: mlora"].verdict == "cannot tell"
     near["seeds"] = near["seeds"][2:]  # only seeds that both have
     fewer = relatedness({"2 tasks": (far, near)}, tasks=["mirror"])["interaction"][0]
-    assert len(fewer.values) == 4
+    far_gain, near_gain = (
+        differences(result, "rlora", "lora", tasks=["mirror"]) for result in (far, near)
+    )
+    assert len(near_gain) == 4 and fewer.values == pytest.approx(far_gain[2:] - near_gain)
+
+
+def test_the_first_picture_has_the_comparisons_that_are_run(tmp_path: Path):
+    plan = make_up(tmp_path, **{"sentences": {"rlora": 0.2}, "sentences-related": {}})
+    lines, waiting = overview(plan, tmp_path)
+    assert [line.block for line in lines] == ["sentences", "sentences-related"] and not waiting
+    assert [line.verdict for line in lines] == ["better", "cannot tell"]
+    for line in lines:
+        gains = differences(evidence(tmp_path, plan, line.block), "rlora", "lora")
+        assert (line.mean, line.low, line.high) == pytest.approx(interval(gains))
+    file = tmp_path / "sentences-related.jsonl"
+    rows = file.read_text().splitlines()
+    last = [row for row in rows if '"stage":"test"' in row and '"method":"lora"' in row][-1]
+    file.write_text("\n".join(row for row in rows if row != last) + "\n")
+    lines, waiting = overview(plan, tmp_path)
+    assert [line.block for line in lines] == ["sentences"]
+    assert waiting == ["MiniLM, 3 real tasks of sentiment"]
+
+
+def intervals_of(figure: Figure) -> list[list]:
+    """Of each interval in a picture from, to, its point, and whether that is hollow."""
+    bars = [c for c in figure.axes[0].containers if isinstance(c, ErrorbarContainer)]
+    return [
+        [
+            *bar.get_segments()[0][:, 0],
+            *point.get_xdata(),
+            point.get_markerfacecolor() == "white",
+        ]
+        for point, _, (bar,) in (c.lines for c in bars)
+    ]
+
+
+def test_pictures_have_the_intervals_and_are_hollow_where_nothing_can_be_told(tmp_path: Path):
+    gains = {"rlora": 0.2, "mlora": 0.1}
+    plan = make_up(tmp_path, **{"sentences": gains, "sentences-related": {}})
+    lines, _ = overview(plan, tmp_path)
+    pair = [evidence(tmp_path, plan, line.block) for line in lines]
+    contrasts = [c for result in pair for c in rlora_less(result)]
+    assert {c.verdict for c in contrasts} == {"better", "cannot tell"}
+    related = relatedness({"text": tuple(pair)})
+    for figure, told, hollow in (
+        (overview_plot(lines), lines, "cannot tell"),
+        (forest(contrasts), contrasts, "cannot tell"),
+        (related_plot(related), [*related["different"], *related["related"]], None),
+    ):
+        expected = [[c.low, c.high, c.mean, c.verdict == hollow] for c in told]
+        assert intervals_of(figure) == [pytest.approx(row) for row in expected]
+        matplotlib.pyplot.close(figure)
 
 
 drawn = st.lists(st.floats(-100, 100), min_size=2, max_size=20)
@@ -554,6 +624,10 @@ def test_tables_say_what_was_measured(tmp_path: Path):
         pytest.approx(interval(of_seeds))
     )
     assert scores.loc["M-LoRA", "spread over seeds"] == pytest.approx(of_seeds.std(ddof=1))
+    of_tasks = 100 * score_array(result, "mlora").mean(0)
+    assert scores.loc["M-LoRA", "spread over tasks"] == pytest.approx(of_tasks.std(ddof=1))
+    cosines = scores.loc["M-LoRA", ["cosine of heads", "cosine of change"]]
+    assert [*cosines] == pytest.approx(of_tasks / [200, 100])  # as `make_up` has them
     assert scores["routing entropy / ln N"].isna().tolist() == [False, True, True, False]
     assert scores.loc["R-LoRA", "routing entropy / ln N"] == pytest.approx(0.85)
     assert np.isnan(scores.loc["LoRA", "cosine of heads"])
@@ -567,7 +641,9 @@ def test_tables_say_what_was_measured(tmp_path: Path):
     names = [*contrast_table(ideas(result)).index]
     assert names[0] == "several heads and a router, zero start: HydraLoRA less LoRA"
     contrasts = contrast_table(rlora_less(result))
-    assert contrasts.loc["M-LoRA", "verdict"] == "better" and len(contrasts) == 3
+    c = next(c for c in rlora_less(result) if c.name == "mlora")
+    numbers = [c.mean, c.low, c.high, 6, c.p, c.holm, c.detectable]
+    assert [*contrasts.loc["M-LoRA"]] == [*numbers, "better"] and len(contrasts) == 3
     assert "cosine of change, within methods" in correlation_table(result).index
 
 
@@ -592,6 +668,8 @@ def test_a_single_seed_has_scores_and_no_interval(tmp_path: Path):
     assert row["letters"] == pytest.approx(100 * score_array(result, "rlora").mean())
     assert row[["letters from", "letters to", "spread over seeds"]].isna().all()
     assert np.isnan(tasks_table(result).loc["mirror", ("R-LoRA", "±")])
+    said = write_report(tmp_path / "out", tmp_path / "plan.toml", tmp_path)
+    assert "Too few seeds for an interval yet." in said
 
 
 def test_the_report(tmp_path: Path):

@@ -59,6 +59,11 @@ CASES = {
         "no-go",
         ["go", "no-go", "go"],
     ),
+    "better, but the worst task a little": (
+        result({"easy": 1.0, "hard": 0.47}, {"easy": 0.6, "hard": 0.5}),
+        "cannot tell",
+        ["go", "cannot tell", "go"],
+    ),
     "better, but slow": (
         result({"easy": 1.0, "hard": 0.8}, HALF, (140, 100)),
         "cannot tell",

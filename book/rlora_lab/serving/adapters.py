@@ -6,6 +6,7 @@ replaces replicas; here stands only what to do with one batch.
 
 import asyncio
 import json
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ from .releases import RELEASE
 
 MOST_ADAPTERS = 8  # on one replica; the one that was not asked for longest makes room
 WINDOW = 100  # requests, over which routing is compared with that of the calibration
+LOG = logging.getLogger("ray.serve")
 
 
 class Settings(BaseModel):
@@ -150,7 +152,10 @@ class Adapters:
         asked = [(ids, most) for ids, most, _ in rows]
         stops = [stop for _, _, stop in rows]
         found = generate(self.model, self.tokenizer, asked, stops, self.settings.max_time)
-        self._watch(name, [ids for ids, _, _ in rows])
+        try:
+            self._watch(name, [ids for ids, _, _ in rows])
+        except Exception:  # what watches must not take answers with it
+            LOG.exception("the routing of %s can't be watched", name)
         return [self._said(row, new) for row, new in zip(rows, found, strict=True)]
 
     def _said(self, row: tuple[list[int], int, list[str]], new: list[int]) -> dict:
