@@ -25,6 +25,7 @@ from one_step import (
     assert_same_step,
     far,
     one_step,
+    replaced,
     without_dropout,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -206,18 +207,11 @@ def in_4_bit(folder: Path) -> nn.Module:
     return base
 
 
-def in_full(model: nn.Module) -> nn.Module:
-    """The plain model: the same numbers, dense and in fp32, the adapter's too."""
-    plain = copy.deepcopy(model)
-    for path, module in list(plain.named_modules()):
-        if isinstance(module, Linear4bit):
-            weight = module.weight
-            whole = dequantize_4bit(weight.data, weight.quant_state).float()
-            dense = nn.Linear(module.in_features, module.out_features, bias=False)
-            dense.weight = nn.Parameter(whole, requires_grad=False)
-            parent, _, name = path.rpartition(".")
-            setattr(plain.get_submodule(parent), name, dense)
-    return plain.float()
+def dense(linear: Linear4bit) -> nn.Linear:
+    made = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made
 
 
 def sft_loss(model: nn.Module, batch: dict) -> Tensor:
@@ -253,7 +247,7 @@ def test_fine_tuning_on_4_bits(method, base_folder, words, tmp_path):
     plain = get_peft_model(in_4_bit(base_folder), config)
     for name, p in adapter_of(trainer.model).items():
         adapter_of(plain)[name].data = p.data.clone()
-    full = in_full(plain)
+    full = replaced(copy.deepcopy(plain), Linear4bit, dense).float()
     batch, step = trained_step(trainer)
     # The same operations, but for the last product, which TRL takes in pieces.
     assert_same_step(step, plain_step(plain, batch, sft_loss), bound=1e-3)

@@ -83,6 +83,15 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
+def replaced(model: nn.Module, kind: type, make: Callable) -> nn.Module:
+    """The model with the base's projections of this kind made anew."""
+    for path, module in list(model.named_modules()):
+        if type(module) is kind and "proj" in path and "rlora" not in path:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, make(module))
+    return model
+
+
 def loss_of(out: Tensor) -> Tensor:
     return out.square().mean()
 
