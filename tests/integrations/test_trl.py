@@ -28,7 +28,7 @@ from one_step import (
     replaced,
     without_dropout,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from rlora_helpers import KINDS, METHODS, perturb
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -50,7 +50,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 TARGETS = list(KINDS["llama"].targets)
-METHODS_AND_LORA = ["lora", "rlora", "centered", "mlora", "hydralora"]
+TRIED = ["rlora", "centered", "mlora", "hydralora"]
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8", "w9"]
 GOOD = [" w10 w11", " w12 w13 w14", " w15", " w16 w17"]
 BAD = [" w18", " w19 w20", " w21 w22 w23", " w24 w25"]
@@ -136,26 +136,20 @@ def kto_loss(model: nn.Module, batch: dict) -> Tensor:
 LOSSES = {"DPO": (dpo_loss, math.log(2)), "KTO": (kto_loss, 0.5)}
 
 
-def adapted(method: str) -> PeftModel:
-    """With dropout by default, which TRL switches off; "lora", a control, is PEFT's own."""
-    base = KINDS["llama"].base(**WIDE["llama"])
-    if method == "lora":
-        config = LoraConfig(target_modules=TARGETS, init_lora_weights=False, lora_dropout=0.1)
-        return get_peft_model(base, config)
-    config = RLoraConfig(target_modules=TARGETS, init_seed=0, **METHODS[method])
-    return perturb(get_peft_model(base, config))
+def adapted(**settings) -> PeftModel:
+    """With dropout by default, which TRL switches off."""
+    config = RLoraConfig(target_modules=TARGETS, init_seed=0, **settings)
+    return perturb(get_peft_model(KINDS["llama"].base(**WIDE["llama"]), config))
 
 
 @pytest.mark.parametrize("trainer", LOSSES)
-@pytest.mark.parametrize("method", METHODS_AND_LORA)
+@pytest.mark.parametrize("method", TRIED)
 def test_the_reference_of_a_trained_adapter_is_its_copy(method, trainer, words, tmp_path):
-    model = adapted(method)
+    model = adapted(**METHODS[method])
     plain = without_dropout(copy.deepcopy(model))
     made = preferring(trainer, model, words, tmp_path)
     parameters = dict(model.named_parameters())
-    copies = [name for name in parameters if ".default." in name]
-    assert copies
-    for name in copies:
+    for name in (name for name in parameters if ".default." in name):
         assert parameters[name.replace(".default.", ".ref.")].equal(parameters[name]), name
     batch, step = trained_step(made)
 
@@ -172,8 +166,7 @@ def test_the_reference_of_a_trained_adapter_is_its_copy(method, trainer, words, 
 @pytest.mark.parametrize("trainer", LOSSES)
 @pytest.mark.parametrize("on", ["heads", "input"])
 def test_dropout_is_switched_off_in_training_and_not_in_the_file(on, trainer, words, tmp_path):
-    config = RLoraConfig(target_modules=TARGETS, lora_dropout=0.5, dropout_on=on)
-    model = perturb(get_peft_model(KINDS["llama"].base(**WIDE["llama"]), config)).train()
+    model = adapted(lora_dropout=0.5, dropout_on=on).train()
     inputs = KINDS["llama"].inputs()
     assert far(model(**inputs).logits, model(**inputs).logits) > 0.01
     preferring(trainer, model, words, tmp_path)
@@ -230,15 +223,10 @@ def sft(base: nn.Module, config, words, folder: Path) -> SFTTrainer:
     )
 
 
-@pytest.mark.parametrize("method", METHODS_AND_LORA)
+@pytest.mark.parametrize("method", TRIED)
 def test_fine_tuning_on_4_bits(method, base_folder, words, tmp_path):
-    if method == "lora":
-        config = LoraConfig(target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM")
-    else:
-        off = {"lora_dropout": 0.0, "init_seed": 0, "task_type": "CAUSAL_LM"}
-        if METHODS[method].get("init_heads") == "zeros":
-            off["router_init"] = "kaiming"
-        config = RLoraConfig(target_modules=TARGETS, **METHODS[method] | off)
+    how = {"lora_dropout": 0.0, "init_seed": 0, "task_type": "CAUSAL_LM"}
+    config = RLoraConfig(target_modules=TARGETS, **METHODS[method] | how)
     trainer = sft(in_4_bit(base_folder), config, words, tmp_path)
     perturb(trainer.model, scale=0.05)
     trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}

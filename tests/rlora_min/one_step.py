@@ -51,9 +51,9 @@ def trains(name: str) -> bool:
 
 
 def adapter_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the adapter, the side pair included; or of PEFT's LoRA, as a control."""
+    """The parameters of the adapter, the side pair included."""
     named = {plain_name(name): p for name, p in model.named_parameters()}
-    return {name: p for name, p in named.items() if "lora_" in name}
+    return {name: p for name, p in named.items() if "rlora_" in name}
 
 
 def parts_of(model: nn.Module) -> list[nn.Module]:
