@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -21,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlora_min import RLoraConfig, RLoraLayer
+from rlora_min import RLoraConfig, RLoraLayer, export_lora
 
 # A warning is an error, but for PEFT's use of a name that transformers has deprecated.
 STRICT = [
@@ -248,3 +248,18 @@ def equation(x, t: dict[str, Tensor], c: RLoraConfig, input_mask=1.0, head_masks
     if "A0" in t:
         h = h - s * (x @ t["A0"].T) @ t["B0"].T
     return h
+
+
+def assert_true_error(error: tuple[float, float], routed: Tensor, exported: Tensor) -> None:
+    """The largest and the relative difference of an export are as `export_lora` said."""
+    routed, difference = routed.double(), routed.double() - exported.double()
+    measured = difference.abs().max().item(), (difference.norm() / routed.norm()).item()
+    assert error == pytest.approx(measured, rel=1e-4, abs=1e-6)
+
+
+def exported(model: nn.Module, base: nn.Module, inputs, folder, *how) -> PeftModel:
+    """The export on a fresh base, by stock PEFT, off the model as far as was said."""
+    error = export_lora(model, folder, *how, batch=inputs)
+    loaded = PeftModel.from_pretrained(base, folder)
+    assert_true_error(error, evaluated(model, inputs), evaluated(loaded, inputs))
+    return loaded

@@ -14,8 +14,10 @@ from rlora_helpers import (
     SEQUENTIAL,
     STRICT,
     adapt,
+    assert_true_error,
     equation,
     evaluated,
+    exported,
     layer_paths,
     layers_of,
     perturb,
@@ -32,13 +34,6 @@ pytestmark = STRICT
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 
-def as_lora(base, directory):
-    """The export on a fresh base, by stock PEFT."""
-    loaded = PeftModel.from_pretrained(base, directory)
-    assert type(loaded.peft_config["default"]) is LoraConfig
-    return loaded
-
-
 def fixed_weights_output(model, inputs, weights: dict):
     """What the adapters give when each layer's heads are weighted as told: from the equation."""
     model = copy.deepcopy(model)
@@ -51,12 +46,6 @@ def fixed_weights_output(model, inputs, weights: dict):
 
         layer.forward = forward
     return evaluated(model, inputs)
-
-
-def assert_true_error(error, routed, exported):
-    routed, difference = routed.double(), routed.double() - exported.double()
-    measured = difference.abs().max().item(), (difference.norm() / routed.norm()).item()
-    assert error == pytest.approx(measured, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,11 +67,13 @@ def test_the_export_is_the_adapter_with_fixed_weights(kind, method, tmp_path):
         (means, means),
     ):
         assert export_lora(model, tmp_path, weights) is None
-        exported = evaluated(as_lora(kind.base(), tmp_path), inputs)
+        lora = PeftModel.from_pretrained(kind.base(), tmp_path)
+        assert type(lora.peft_config["default"]) is LoraConfig
+        found = evaluated(lora, inputs)
         expected = fixed_weights_output(model, inputs, same)
-        assert relative(exported - expected, expected) < 1e-5
+        assert relative(found - expected, expected) < 1e-5
         base = evaluated(kind.base(), inputs)
-        assert N == 1 or relative(exported - base, exported) > 1e-3
+        assert N == 1 or relative(found - base, found) > 1e-3
 
 
 @pytest.mark.parametrize("weights", ["mean", [0.7, 0.2, 0.1]])
@@ -99,7 +90,8 @@ def test_the_reported_error_is_the_one_that_stock_peft_makes_and_measuring_leave
         error = export_lora(model, tmp_path, weights, batch=inputs)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(evaluated(model, inputs), routed)
-    assert_true_error(error, routed, evaluated(as_lora(kind.base(), tmp_path), inputs))
+    lora = PeftModel.from_pretrained(kind.base(), tmp_path)
+    assert_true_error(error, routed, evaluated(lora, inputs))
     assert error[0] > 1e-4 and error[1] > 1e-4  # for the router does look at the token
 
 
@@ -130,18 +122,14 @@ def test_the_rank_is_r_or_2_r_with_the_side_pair_and_the_files_are_a_loras(
 
 @pytest.mark.parametrize("bias", ["none", "all", "rlora_only"])
 def test_biases_and_modules_to_save_go_along(bias, tmp_path):
-    inputs = SEQUENTIAL.inputs()
     model = adapt(SEQUENTIAL.base(), SEQUENTIAL.targets, bias=bias, modules_to_save=["4"])
     train(model, [SEQUENTIAL.inputs(seed) for seed in range(4)])
-    error = export_lora(model, tmp_path, batch=inputs)
-    loaded = as_lora(SEQUENTIAL.base(), tmp_path)
+    loaded = exported(model, SEQUENTIAL.base(), SEQUENTIAL.inputs(), tmp_path)
     assert loaded.peft_config["default"].bias == bias.replace("rlora", "lora")
     assert loaded.peft_config["default"].modules_to_save == ["4"]
-    assert_true_error(error, evaluated(model, inputs), evaluated(loaded, inputs))
 
 
 def test_one_of_several_adapters_is_exported_alone(tmp_path):
-    inputs = SEQUENTIAL.inputs()
     model = perturb(adapt(SEQUENTIAL.base(), ["0"], "one"), "one")
     model.add_adapter("two", RLoraConfig(target_modules=["0", "2"], num_heads=2, r=2))
     perturb(model, "two", seed=9)
@@ -149,19 +137,14 @@ def test_one_of_several_adapters_is_exported_alone(tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {k.split(".")[2] for k in tensors} == {"0", "2"} and len(tensors) == 4
     model.set_adapter("two")
-    error = export_lora(model, tmp_path, [0.9, 0.1], adapter_name="two", batch=inputs)
-    exported = evaluated(as_lora(SEQUENTIAL.base(), tmp_path), inputs)
-    assert_true_error(error, evaluated(model, inputs), exported)
+    exported(model, SEQUENTIAL.base(), SEQUENTIAL.inputs(), tmp_path, [0.9, 0.1], "two")
 
 
 def test_a_bf16_base_gives_the_same_export(tmp_path):
-    inputs = LLAMA.inputs()
     model = perturb(adapt(LLAMA.base().bfloat16(), LLAMA.targets))
-    error = export_lora(model, tmp_path, batch=inputs)
+    exported(model, LLAMA.base().bfloat16(), LLAMA.inputs(), tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
-    loaded = as_lora(LLAMA.base().bfloat16(), tmp_path)
-    assert_true_error(error, evaluated(model, inputs), evaluated(loaded, inputs))
 
 
 def full_disk(*args, **kwargs):

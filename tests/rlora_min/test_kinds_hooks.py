@@ -13,9 +13,9 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from one_step import PARTS, assert_same_step, case, far, loss_of, one_step, parts_of
 from rlora_helpers import gradients_of, layers_of, output
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
 METHODS = ("rlora", "mlora", "hydralora")
 
@@ -54,7 +54,7 @@ def test_a_hook_on_every_module_sees_the_parts():
     assert seen >= set(parts_of(model))
 
 
-# What tools do to a part. Each function does it, and returns the weight that the part then has.
+# What tools do to a part: here each doubles what it gives.
 
 
 class Twice(nn.Module):
@@ -62,42 +62,32 @@ class Twice(nn.Module):
         return 2 * weight
 
 
-def hooked(part: nn.Linear, *_) -> Tensor:
+def hooked(part: nn.Linear, parts: nn.ModuleDict) -> None:
     part.register_forward_hook(lambda part, args, out: 2 * out)
-    return 2 * part.weight
 
 
-def put_into(part: nn.Linear, *_) -> Tensor:
+def put_into(part: nn.Linear, parts: nn.ModuleDict) -> None:
     part.forward = lambda x: 2 * nn.Linear.forward(part, x)
-    return 2 * part.weight
 
 
-def replaced(part: nn.Linear, parts: nn.ModuleDict) -> Tensor:
+def replaced(part: nn.Linear, parts: nn.ModuleDict) -> None:
     parts["default"] = nn.Sequential(part, Twice())
-    return 2 * part.weight
 
 
-def parametrized(part: nn.Linear, *_) -> Tensor:
-    weight = part.weight.detach().clone()
+def parametrized(part: nn.Linear, parts: nn.ModuleDict) -> None:
     parametrize.register_parametrization(part, "weight", Twice())
-    return 2 * weight
-
-
-def pruned(part: nn.Linear, *_) -> Tensor:
-    weight = part.weight.detach().clone()
-    prune.l1_unstructured(part, "weight", amount=0.5)
-    return part.weight_mask * weight
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("tool", [hooked, put_into, replaced, parametrized, pruned])
-def test_a_part_that_a_tool_changed_is_the_part_with_another_weight(tool, name):
+@pytest.mark.parametrize("tool", [hooked, put_into, replaced, parametrized])
+def test_a_part_that_a_tool_doubled_is_the_part_with_twice_the_weight(tool, name):
     model, x = case(kind="sequential")
     x.requires_grad_()
     before, plain = model(x), copy.deepcopy(model)
     for layer, twin in zip(layers_of(model), layers_of(plain), strict=True):
         parts = getattr(layer, name)
-        getattr(twin, name)["default"].weight.data = tool(parts["default"], parts).detach()
+        tool(parts["default"], parts)
+        getattr(twin, name)["default"].weight.data *= 2
     outputs = found, expected = model(x), plain(x)
     assert far(found, expected) < 1e-9 and far(found, before) > 1e-3
     gradients = [torch.autograd.grad(loss_of(out), x, retain_graph=True)[0] for out in outputs]

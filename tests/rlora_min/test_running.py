@@ -153,15 +153,6 @@ def test_dropout_is_a_module_whose_rate_and_mode_are_read_at_each_forward(method
     assert RLoraConfig.from_pretrained(tmp_path).lora_dropout == 0.5
 
 
-def test_an_adapter_added_to_a_model_in_evaluation_drops_nothing():
-    model = adapt(SEQUENTIAL.base(), SEQUENTIAL.targets)
-    model.add_adapter("second", RLoraConfig(target_modules=["0", "2"], lora_dropout=0.5))
-    perturb(model, "second")
-    model.set_adapter("second")
-    x = SEQUENTIAL.inputs()
-    assert torch.equal(model(x), model(x))
-
-
 def test_the_side_pair_is_never_trained_whatever_is_switched():
     model = adapt(SEQUENTIAL.base(), SEQUENTIAL.targets)
     model.add_adapter("second", RLoraConfig(target_modules=["0"]))

@@ -1,6 +1,5 @@
 """Which modules are adapted, with which rank and scale, and what is warned of."""
 
-import warnings
 from collections import OrderedDict
 
 import pytest
@@ -12,6 +11,7 @@ from rlora_helpers import (
     STRICT,
     adapt,
     evaluated,
+    exported,
     layer_paths,
     layers_of,
     perturb,
@@ -19,7 +19,7 @@ from rlora_helpers import (
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from rlora_min import RLoraConfig, export_lora
+from rlora_min import RLoraConfig
 
 pytestmark = STRICT
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -40,22 +40,12 @@ FORMS = [
 ]
 
 
-def assert_exported_as_measured(model, base, folder) -> PeftModel:
-    """The export on that base is off the model by the error that was reported."""
-    inputs = LLAMA.inputs()
-    error, _ = export_lora(model, folder, batch=inputs)
-    loaded = PeftModel.from_pretrained(base, folder)
-    difference = (evaluated(loaded, inputs) - evaluated(model, inputs)).abs().max().item()
-    assert difference == pytest.approx(error, rel=1e-4, abs=1e-6)
-    return loaded
-
-
 @pytest.mark.parametrize(("settings", "layers", "leaves"), FORMS)
 def test_targets_of_every_form_are_adapted_and_exported(settings, layers, leaves, tmp_path):
     model = perturb(get_peft_model(LLAMA.base(layers=3), RLoraConfig(**settings)))
     paths = [path.split(".") for path in layer_paths(model)]
     assert {(path[2], path[-1]) for path in paths} == {(n, leaf) for n in layers for leaf in leaves}
-    loaded = assert_exported_as_measured(model, LLAMA.base(layers=3), tmp_path)
+    loaded = exported(model, LLAMA.base(layers=3), LLAMA.inputs(), tmp_path)
     assert loaded.targeted_module_names == model.targeted_module_names
 
 
@@ -112,9 +102,10 @@ def test_patterns_give_modules_ranks_and_scales_of_their_own_as_in_peft(use_rslo
     model.save_pretrained(tmp_path / "own")
     loaded = PeftModel.from_pretrained(LLAMA.base(), tmp_path / "own")
     assert torch.equal(evaluated(loaded, LLAMA.inputs()), expected)
-    assert_exported_as_measured(model, LLAMA.base(), tmp_path / "plain")
+    exported(model, LLAMA.base(), LLAMA.inputs(), tmp_path / "plain")
 
 
+@pytest.mark.filterwarnings("always")
 @pytest.mark.parametrize(
     ("targets", "left"),
     [
@@ -126,14 +117,12 @@ def test_patterns_give_modules_ranks_and_scales_of_their_own_as_in_peft(use_rslo
         (["q_proj"], set()),
     ],
 )
-def test_experts_that_are_one_tensor_are_named_when_they_are_left_out(targets, left):
+def test_experts_that_are_one_tensor_are_named_when_they_are_left_out(targets, left, recwarn):
     experts = dict(num_key_value_heads=1, num_hidden_layers=1, num_local_experts=2)
     base = MixtralForCausalLM(MixtralConfig(**SIZES | experts))
     if not any(p.ndim == 3 for p in base.parameters()):
         pytest.skip("in this transformers, experts are linear layers")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = get_peft_model(base, RLoraConfig(target_modules=targets))
-    text = "".join(str(w.message) for w in caught if "experts" in str(w.message))
+    model = get_peft_model(base, RLoraConfig(target_modules=targets))
+    text = "".join(str(w.message) for w in recwarn if "experts" in str(w.message))
     assert {name for name in ("gate_up_proj", "down_proj") if f"experts.{name}" in text} == left
     assert layers_of(model)
