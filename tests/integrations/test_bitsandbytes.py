@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from one_step import assert_merging_is_refused, assert_same_step, one_step, replaced
+from one_step import TRIED, assert_merging_is_refused, assert_same_step, one_step, replaced
 from peft import PeftModel
 from rlora_helpers import KINDS, METHODS, adapt, evaluated, layers_of, perturb
 from torch import nn
@@ -64,7 +64,7 @@ def quantized(bits: str, method: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("bits", KIND)
-@pytest.mark.parametrize("method", ["rlora", "mlora", "hydralora"])
+@pytest.mark.parametrize("method", TRIED)
 def test_a_step(method, bits):
     kind, _, undo, bound = KIND[bits]
     model, inputs = quantized(bits, method), KINDS["llama"].inputs(batch=4)

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from one_step import (
     LR,
+    TRIED,
+    WIDE,
     Step,
     adapter_of,
     assert_same_step,
@@ -23,16 +25,12 @@ from one_step import (
     one_step,
     without_dropout,
 )
-from peft import get_peft_model
 from rlora_helpers import KINDS, adapt, output, perturb, trained_of
 from torch import Tensor, nn
 from two_processes import in_shares, run_two, shares, step_of_both
 
-from rlora_min import RLoraConfig
-
 pytestmark = pytest.mark.integrations
 BF16 = torch.bfloat16
-TRIED = ("rlora", "mlora", "hydralora")
 STAGES = {
     "ZeRO 1": {"stage": 1},
     "ZeRO 2": {"stage": 2},
@@ -97,10 +95,9 @@ def resumed(folder: Path, init_seed: int | None) -> list[Tensor]:
     """
     outputs = []
     for run in (0, 1):
-        base = KINDS["llama"].base(initializer_range=0.4)
-        torch.manual_seed(run)
-        config = RLoraConfig(target_modules=list(KINDS["llama"].targets), init_seed=init_seed)
-        engine = engine_of(get_peft_model(base, config), STAGES["ZeRO 2"])
+        base = KINDS["llama"].base(**WIDE["llama"])
+        model = adapt(base, KINDS["llama"].targets, seed=run, init_seed=init_seed)
+        engine = engine_of(model.train(), STAGES["ZeRO 2"])
         inputs = KINDS["llama"].inputs(batch=4)
         if run == 0:
             engine.backward(loss_of(output(engine, inputs).float()))

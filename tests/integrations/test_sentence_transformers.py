@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from one_step import LR, TRAINER, Step, adapter_of, assert_same_step, far, one_step
+from one_step import LR, TRAINER, TRIED, Step, adapter_of, assert_same_step, far, one_step
 from peft import get_peft_model
 from rlora_helpers import KINDS, METHODS, perturb
 from sentence_transformers import (
@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.integrations,
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-TRIED = ["rlora", "mlora", "hydralora"]
 TARGETS = list(KINDS["bert"].targets)
 TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w2"]
 OTHERS = ["w3 w2", "w7", "w9 w1", "w2 w4 w6"]

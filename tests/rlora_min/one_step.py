@@ -9,6 +9,7 @@ from rlora_helpers import KINDS, METHODS, adapt, layers_of, output, perturb
 from torch import Tensor, nn
 
 LR = 1.0  # of plain gradient descent
+TRIED = ("rlora", "mlora", "hydralora")  # with the pair, without a router, masked before A
 PARTS = ("rlora_A", "rlora_B", "rlora_router", "rlora_A0", "rlora_B0")
 # Weights so wide that every part of the adapter gets a gradient well above rounding.
 WIDE = {"llama": {"initializer_range": 0.4}}

@@ -11,20 +11,17 @@ from functools import partial
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from one_step import PARTS, assert_same_step, case, far, loss_of, one_step, parts_of
+from one_step import PARTS, TRIED, assert_same_step, case, far, loss_of, one_step, parts_of
 from rlora_helpers import gradients_of, layers_of, output
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
-METHODS = ("rlora", "mlora", "hydralora")
-
-
 # Hooks
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRIED)
 def test_hooks_on_the_parts_see_every_call_and_change_nothing(method):
     model, inputs = case(method)
     plain = one_step(copy.deepcopy(model), inputs)
@@ -147,7 +144,7 @@ def offload(model: nn.Module, where: str, folder) -> None:
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRIED)
 def test_offloaded(method, where, tmp_path):
     model, x = case(method, "sequential")
     x.requires_grad_()

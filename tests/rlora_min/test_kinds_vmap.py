@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from one_step import case, far, loss_of
+from one_step import TRIED, case, far, loss_of
 from rlora_helpers import SEQUENTIAL, gradients_of, trained_of
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -26,7 +26,7 @@ def members(method: str, what: str) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("what", ["bases", "adapters", "both"])
-@pytest.mark.parametrize("method", ["rlora", "mlora", "hydralora"])
+@pytest.mark.parametrize("method", TRIED)
 def test_an_ensemble_in_one_call(method, what):
     models = members(method, what)
     stacked, buffers = stack_module_state(models)
