@@ -29,7 +29,7 @@ from one_step import (
     without_dropout,
 )
 from peft import PeftModel, get_peft_model
-from rlora_helpers import KINDS, METHODS, perturb
+from rlora_helpers import KINDS, METHODS, adapt, perturb
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -88,20 +88,19 @@ def plain_step(model: nn.Module, batch: dict, loss: Callable[[nn.Module, dict], 
 # Preferences
 
 
-def dataset(method: str) -> Dataset:
-    if method == "DPO":
-        return Dataset.from_dict({"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD})
-    completions = [GOOD[0], BAD[1], GOOD[2], BAD[3]]
-    labels = [True, False, True, False]
-    return Dataset.from_dict({"prompt": PROMPTS, "completion": completions, "label": labels})
+SEEN = {"prompt": PROMPTS, "completion": [GOOD[0], BAD[1], GOOD[2], BAD[3]]}
+PREFERRING = {
+    "DPO": (DPOTrainer, DPOConfig, {"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD}),
+    "KTO": (KTOTrainer, KTOConfig, SEEN | {"label": [True, False, True, False]}),
+}
 
 
 def preferring(trainer: str, model: nn.Module, words, folder: Path) -> DPOTrainer | KTOTrainer:
-    make, config = {"DPO": (DPOTrainer, DPOConfig), "KTO": (KTOTrainer, KTOConfig)}[trainer]
+    make, config, rows = PREFERRING[trainer]
     return make(
         model=model,
         args=config(**settings(folder)),
-        train_dataset=dataset(trainer),
+        train_dataset=Dataset.from_dict(rows),
         processing_class=words,
     )
 
@@ -109,17 +108,12 @@ def preferring(trainer: str, model: nn.Module, words, folder: Path) -> DPOTraine
 BETA = 0.1  # TRL's default for both
 
 
-def log_probabilities(model: nn.Module, batch: dict) -> Tensor:
-    """Of each row's completion, summed over its tokens."""
+def ratios(model: nn.Module, batch: dict) -> Tensor:
+    """ln of policy over reference, the policy as it starts, of each row's whole completion."""
     ids, counted = batch["input_ids"], batch["completion_mask"][:, 1:]
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
     each = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return (each * counted).sum(1)
-
-
-def ratios(model: nn.Module, batch: dict) -> Tensor:
-    """ln of policy over reference, where the reference is the policy as it starts."""
-    logs = log_probabilities(model, batch)
+    logs = (each * counted).sum(1)
     return logs - logs.detach()
 
 
@@ -138,8 +132,8 @@ LOSSES = {"DPO": (dpo_loss, math.log(2)), "KTO": (kto_loss, 0.5)}
 
 def adapted(**settings) -> PeftModel:
     """With dropout by default, which TRL switches off."""
-    config = RLoraConfig(target_modules=TARGETS, init_seed=0, **settings)
-    return perturb(get_peft_model(KINDS["llama"].base(**WIDE["llama"]), config))
+    base = KINDS["llama"].base(**WIDE["llama"])
+    return perturb(adapt(base, TARGETS, init_seed=0, **settings))
 
 
 @pytest.mark.parametrize("trainer", LOSSES)
