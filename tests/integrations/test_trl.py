@@ -29,7 +29,7 @@ from one_step import (
     without_dropout,
 )
 from peft import PeftModel, get_peft_model
-from rlora_helpers import KINDS, METHODS, adapt, perturb
+from rlora_helpers import KINDS, METHODS, adapt, evaluated, perturb, trained_of
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -223,8 +223,7 @@ def test_fine_tuning_on_4_bits(method, base_folder, words, tmp_path):
     config = RLoraConfig(target_modules=TARGETS, **METHODS[method] | how)
     trainer = sft(in_4_bit(base_folder), config, words, tmp_path)
     perturb(trainer.model, scale=0.05)
-    trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
-    assert trained == {torch.bfloat16}
+    assert {p.dtype for p in trained_of(trainer.model).values()} == {torch.bfloat16}
     # TRL replaces a forward, which a copy of its model would share: the plain one is made anew.
     plain = get_peft_model(in_4_bit(base_folder), config)
     for name, p in adapter_of(trainer.model).items():
@@ -245,13 +244,11 @@ def test_the_start_on_4_bits_is_the_base_up_to_bf16(heads, base_folder, words, t
     config = RLoraConfig(
         target_modules=TARGETS, init_heads=heads, init_seed=0, task_type="CAUSAL_LM"
     )
-    model = sft(in_4_bit(base_folder), config, words, tmp_path).model.eval()
+    model = sft(in_4_bit(base_folder), config, words, tmp_path).model
     inputs = KINDS["llama"].inputs()
-    with torch.no_grad():
-        start = model(**inputs).logits
-        with model.disable_adapter():
-            base = model(**inputs).logits
-    assert 0 < far(start, base) < 0.02
+    start = evaluated(model, inputs)
+    with model.disable_adapter():
+        assert 0 < far(start, evaluated(model, inputs)) < 0.02
 
 
 # Chapter 11b's ten lines
