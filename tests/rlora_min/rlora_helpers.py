@@ -23,9 +23,10 @@ from transformers import (
 
 from rlora_min import RLoraConfig, RLoraLayer, export_lora
 
-# A warning is an error, but for PEFT's use of a name that transformers has deprecated.
+# A warning is an error, but for names that transformers has deprecated.
 STRICT = [
     pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     # torch's advice to who runs the first release of Python 3.13
     pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),

@@ -150,7 +150,6 @@ def test_in_training_the_log_sees_what_the_layer_uses():
     assert torch.equal(log.mean["all"]["0"], log.mean["training"]["0"])
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("inside", [False, True])
 def test_routing_is_recorded_on_a_compiled_model_or_the_error_says_that_it_cant(inside):
     model = perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets))

@@ -105,7 +105,6 @@ def test_patterns_give_modules_ranks_and_scales_of_their_own_as_in_peft(use_rslo
     exported(model, LLAMA.base(), LLAMA.inputs(), tmp_path / "plain")
 
 
-@pytest.mark.filterwarnings("always")
 @pytest.mark.parametrize(
     ("targets", "left"),
     [

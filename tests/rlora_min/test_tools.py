@@ -1,6 +1,7 @@
 """What transformers and PEFT's helpers ask of an adapter, they find."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -37,12 +38,14 @@ def test_the_type_is_a_string_with_what_is_read_of_pefts_own_types():
 def saved(tmp_path):
     """A base on disk, an adapter on it, and what the two give together."""
     saved = SimpleNamespace(base=tmp_path / "base", adapter=tmp_path / "adapter")
-    LLAMA.base().save_pretrained(saved.base)
-    base = AutoModelForCausalLM.from_pretrained(saved.base)
-    model = perturb(adapt(base, ["q_proj", "up_proj"], task_type="CAUSAL_LM"))
-    saved.expected = evaluated(model, LLAMA.inputs())
-    model.save_pretrained(saved.adapter)
-    saved.tensors = load_file(saved.adapter / "adapter_model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        LLAMA.base().save_pretrained(saved.base)
+        base = AutoModelForCausalLM.from_pretrained(saved.base)
+        model = perturb(adapt(base, ["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+        saved.expected = evaluated(model, LLAMA.inputs())
+        model.save_pretrained(saved.adapter)
+        saved.tensors = load_file(saved.adapter / "adapter_model.safetensors")
     return saved
 
 
@@ -66,7 +69,6 @@ def add_adapter(saved):
     return model
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", [from_the_adapters_folder, load_adapter, add_adapter])
 def test_transformers_own_ways_give_the_same_model(way, saved, tmp_path):
     model = way(saved)
@@ -79,7 +81,6 @@ def test_transformers_own_ways_give_the_same_model(way, saved, tmp_path):
     assert torch.equal(evaluated(model, LLAMA.inputs()), evaluated(LLAMA.base(), LLAMA.inputs()))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_transformers_add_adapter_trains_is_the_adapter_alone(saved):
     model = AutoModelForCausalLM.from_pretrained(saved.base)
     model.add_adapter(RLoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
