@@ -23,7 +23,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from rlora_min import RLoraConfig, record_routing
 
 pytestmark = STRICT
-NAMES = ["default", "two", "__base__", "two", "default"]
+NAMES = ["default", "two", "__base__", "default", "two"]
 
 
 def three(kind, **settings):
