@@ -296,8 +296,9 @@ def test_load_state_dict_refuses_another_shape_before_it_copies_any(model, other
 def test_load_state_dict_of_the_base_or_the_adapter_alone_is_free(model, other, assign):
     adapters = {k: v for k, v in other.items() if "rlora_" in k}
     base = {k: v + 1 for k, v in other.items() if "rlora_" not in k}
-    trains = trained_of(model).keys()
+    trains, before = trained_of(model).keys(), evaluated(model, SEQUENTIAL.inputs())
     model.load_state_dict(adapters, strict=False, assign=assign)
+    assert not torch.equal(evaluated(model, SEQUENTIAL.inputs()), before)
     model.load_state_dict(base, strict=False, assign=assign)
     assert same_tensors(snapshot(model), adapters | base)
     assert trained_of(model).keys() == trains
