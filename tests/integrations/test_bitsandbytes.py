@@ -6,23 +6,12 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from one_step import assert_merging_is_refused, assert_same_step, one_step
+from one_step import TRIED, assert_merging_is_refused, assert_same_step, one_step, replaced
 from peft import PeftModel
-from rlora_helpers import KINDS, METHODS, adapt, layers_of, perturb
+from rlora_helpers import KINDS, METHODS, adapt, evaluated, layers_of, perturb
 from torch import nn
 
 pytestmark = pytest.mark.integrations
-SIZES = {"hidden_size": 64, "intermediate_size": 128}  # its blocks have 64 numbers
-TARGETS = KINDS["llama"].targets
-
-
-def replaced(model: nn.Module, kind: type, make) -> nn.Module:
-    """The model with its linear layers of this kind made anew; the head is left, as is usual."""
-    for path, module in list(model.named_modules()):
-        if type(module) is kind and ("proj" in path) and "rlora" not in path:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, make(module))
-    return model
 
 
 def in_4_bits(linear: nn.Linear) -> Linear4bit:
@@ -61,17 +50,21 @@ KIND = {
 }
 
 
+def base_in(bits: str) -> nn.Module:
+    """With its linear layers quantized; the head is left, as is usual."""
+    base = KINDS["llama"].base(initializer_range=0.2, hidden_size=64, intermediate_size=128)
+    return replaced(base, nn.Linear, KIND[bits][1])  # its blocks have 64 numbers
+
+
 def quantized(bits: str, method: str) -> nn.Module:
-    kind, make, _, _ = KIND[bits]
-    base = replaced(KINDS["llama"].base(initializer_range=0.2, **SIZES), nn.Linear, make)
     settings = {"init_seed": 0} | METHODS[method] | {"lora_dropout": 0.0}
-    model = perturb(adapt(base, TARGETS, **settings), scale=0.05)
-    assert all(type(layer.get_base_layer()) is kind for layer in layers_of(model))
+    model = perturb(adapt(base_in(bits), KINDS["llama"].targets, **settings), scale=0.05)
+    assert all(type(layer.get_base_layer()) is KIND[bits][0] for layer in layers_of(model))
     return model
 
 
 @pytest.mark.parametrize("bits", KIND)
-@pytest.mark.parametrize("method", ["rlora", "mlora", "hydralora"])
+@pytest.mark.parametrize("method", TRIED)
 def test_a_step(method, bits):
     kind, _, undo, bound = KIND[bits]
     model, inputs = quantized(bits, method), KINDS["llama"].inputs(batch=4)
@@ -90,12 +83,8 @@ def test_merging_is_refused(bits, safe):
 def test_saved_and_loaded_on_a_base_quantized_again(bits, tmp_path):
     model, inputs = quantized(bits, "rlora"), KINDS["llama"].inputs()
     model.save_pretrained(tmp_path)
-    kind, make, _, _ = KIND[bits]
-    base = replaced(KINDS["llama"].base(initializer_range=0.2, **SIZES), nn.Linear, make)
-    again = PeftModel.from_pretrained(base, tmp_path).eval()
-    assert all(type(layer.get_base_layer()) is kind for layer in layers_of(again))
-    with torch.no_grad():
-        found, before = (m(**inputs).logits for m in (again, model.eval()))
-        with again.disable_adapter():
-            bare = again(**inputs).logits
-    assert torch.equal(found, before) and not torch.allclose(found, bare, atol=1e-3)
+    again = PeftModel.from_pretrained(base_in(bits), tmp_path)
+    found = evaluated(again, inputs)
+    assert torch.equal(found, evaluated(model, inputs))
+    with again.disable_adapter():
+        assert not torch.allclose(found, evaluated(again, inputs), atol=1e-3)

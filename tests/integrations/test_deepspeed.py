@@ -14,6 +14,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from one_step import (
     LR,
+    TRIED,
+    WIDE,
     Step,
     adapter_of,
     assert_same_step,
@@ -23,17 +25,12 @@ from one_step import (
     one_step,
     without_dropout,
 )
-from peft import get_peft_model
-from rlora_helpers import KINDS, adapt, output, perturb
-from safetensors.torch import load_file, save_file
+from rlora_helpers import KINDS, adapt, output, perturb, trained_of
 from torch import Tensor, nn
-from two_processes import in_shares, read, run_two, shares, step_of_both, write
-
-from rlora_min import RLoraConfig
+from two_processes import in_shares, run_two, shares, step_of_both
 
 pytestmark = pytest.mark.integrations
 BF16 = torch.bfloat16
-TRIED = ("rlora", "mlora", "hydralora")
 STAGES = {
     "ZeRO 1": {"stage": 1},
     "ZeRO 2": {"stage": 2},
@@ -68,12 +65,13 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def engine_of(model: nn.Module, stage: dict) -> deepspeed.DeepSpeedEngine:
+    optimizer = torch.optim.SGD(trained_of(model).values(), lr=LR)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage))[0]
+
+
 def zero_step(model: nn.Module, inputs: dict, stage: dict) -> Step:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=LR)
-    engine, *_ = deepspeed.initialize(
-        model=model.train(), optimizer=optimizer, config=settings(stage)
-    )
+    engine = engine_of(model.train(), stage)
     before = whole(engine)
     out = output(engine, shares(inputs)[dist.get_rank()])
     engine.backward(loss_of(out.float()))
@@ -90,23 +88,16 @@ def made_cut() -> nn.Module:
     return perturb(without_dropout(model), scale=0.05)
 
 
-def resumed(folder: Path, init_seed: int | None) -> tuple[Tensor, Tensor]:
+def resumed(folder: Path, init_seed: int | None) -> list[Tensor]:
     """Output of a trained model, and of the one that its checkpoint is loaded into.
 
     As transformers' Trainer saves a PEFT model: DeepSpeed's checkpoint without what is frozen.
     """
     outputs = []
     for run in (0, 1):
-        base = KINDS["llama"].base(initializer_range=0.4)
-        torch.manual_seed(run)
-        config = RLoraConfig(target_modules=list(KINDS["llama"].targets), init_seed=init_seed)
-        model = get_peft_model(base, config)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=torch.optim.SGD(trained, lr=LR),
-            config=settings(STAGES["ZeRO 2"]),
-        )
+        base = KINDS["llama"].base(**WIDE["llama"])
+        model = adapt(base, KINDS["llama"].targets, seed=run, init_seed=init_seed)
+        engine = engine_of(model.train(), STAGES["ZeRO 2"])
         inputs = KINDS["llama"].inputs(batch=4)
         if run == 0:
             engine.backward(loss_of(output(engine, inputs).float()))
@@ -116,7 +107,7 @@ def resumed(folder: Path, init_seed: int | None) -> tuple[Tensor, Tensor]:
             engine.load_checkpoint(folder, load_module_strict=False)
         engine.eval()
         outputs.append(output(engine, inputs).float().detach())
-    return tuple(outputs)
+    return outputs
 
 
 def work(folder: Path) -> None:
@@ -126,19 +117,18 @@ def work(folder: Path) -> None:
         for name, stage in STAGES.items():
             model, inputs = case(method, dtype=BF16)
             step = zero_step(model, inputs, stage)
-            write(step, folder / f"{method}, {name}, {rank}.safetensors")
+            torch.save(vars(step), folder / f"{method}, {name}, {rank}")
     model = made_cut()
     state = {}
     for name, p in model.named_parameters():
         with deepspeed.zero.GatheredParameters([p]):
-            state[name] = p.detach().clone().contiguous()
-    save_file(state, folder / f"made cut, {rank}, before.safetensors")
+            state[name] = p.detach().clone()
+    torch.save(state, folder / f"made cut, {rank}, before")
     step = zero_step(model, KINDS["gpt2"].inputs(batch=4), STAGES["ZeRO 3, all cut"])
-    write(step, folder / f"made cut, {rank}.safetensors")
+    torch.save(vars(step), folder / f"made cut, {rank}")
     for init_seed in (0, None):
-        before, after = resumed(folder / f"checkpoint {init_seed}", init_seed)
-        path = folder / f"resumed {init_seed}, {rank}.safetensors"
-        save_file({"before": before, "after": after}, path)
+        outputs = resumed(folder / f"checkpoint {init_seed}", init_seed)
+        torch.save(outputs, folder / f"resumed {init_seed}, {rank}")
     dist.barrier()
     os._exit(0)  # DeepSpeed on CPUs now and then aborts as the interpreter ends
 
@@ -176,7 +166,7 @@ def plain_step(model: nn.Module, inputs: dict, called: bool) -> Step:
 def test_a_step_is_that_of_one_process(folder, method, name, rank):
     model, inputs = case(method, dtype=BF16)
     cut = STAGES[name]["stage"] == 3
-    found = read(folder / f"{method}, {name}, {rank}.safetensors")
+    found = Step(**torch.load(folder / f"{method}, {name}, {rank}"))
     # ZeRO 3 has a linear layer of its own, whose gradients are summed in another order in bf16.
     assert_same_step(found, plain_step(model, inputs, called=cut), bound=0.1 if cut else 1e-5)
 
@@ -184,17 +174,18 @@ def test_a_step_is_that_of_one_process(folder, method, name, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_base_that_was_made_in_parts(folder, rank):
     model = without_dropout(adapt(KINDS["gpt2"].base(), KINDS["gpt2"].targets, init_seed=0))
-    state = load_file(folder / f"made cut, {rank}, before.safetensors")
+    state = torch.load(folder / f"made cut, {rank}, before")
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert missing == ["base_model.model.lm_head.weight"]  # tied
     expected = plain_step(model, KINDS["gpt2"].inputs(batch=4), called=True)
-    assert_same_step(read(folder / f"made cut, {rank}.safetensors"), expected, bound=0.1)
+    found = Step(**torch.load(folder / f"made cut, {rank}"))
+    assert_same_step(found, expected, bound=0.1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_run_is_resumed_if_it_has_a_seed(folder, rank):
     # The pair is frozen and so in no such checkpoint: it is drawn again, and a seed draws the same.
-    same = load_file(folder / f"resumed 0, {rank}.safetensors")
-    assert same["before"].equal(same["after"])
-    other = load_file(folder / f"resumed None, {rank}.safetensors")
-    assert far(other["after"], other["before"]) > 0.01
+    before, after = torch.load(folder / f"resumed 0, {rank}")
+    assert before.equal(after)
+    before, after = torch.load(folder / f"resumed None, {rank}")
+    assert far(after, before) > 0.01

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from one_step import LR, TRAINER, Step, adapter_of, assert_same_step, far, one_step
-from peft import LoraConfig, get_peft_model
+from one_step import LR, TRAINER, TRIED, Step, adapter_of, assert_same_step, far, one_step
+from peft import get_peft_model
 from rlora_helpers import KINDS, METHODS, perturb
 from sentence_transformers import (
     SentenceTransformer,
@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.integrations,
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-METHODS_AND_LORA = ["lora", "rlora", "mlora", "hydralora"]
 TARGETS = list(KINDS["bert"].targets)
 TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w2"]
 OTHERS = ["w3 w2", "w7", "w9 w1", "w2 w4 w6"]
@@ -53,13 +52,10 @@ def load(folder: Path) -> SentenceTransformer:
     return SentenceTransformer(str(folder / "sentences"), device="cpu")
 
 
-def config_of(method: str) -> LoraConfig | RLoraConfig:
-    """ "lora", a control, is PEFT's own."""
-    shared = {"target_modules": TARGETS, "task_type": "FEATURE_EXTRACTION"}
-    if method == "lora":
-        return LoraConfig(init_lora_weights=False, **shared)
+def config_of(method: str) -> RLoraConfig:
+    shared = {"target_modules": TARGETS, "task_type": "FEATURE_EXTRACTION", "init_seed": 0}
     settings = {"lora_dropout": 0.0, "router_init": "kaiming"} | METHODS[method]
-    return RLoraConfig(init_seed=0, **settings | shared)
+    return RLoraConfig(**settings | shared)
 
 
 def adapted(folder: Path, method: str) -> SentenceTransformer:
@@ -86,7 +82,7 @@ def embedded(folder: Path, bert: nn.Module, texts: list[str]) -> Tensor:
     return (bert(**inputs).last_hidden_state * counted).sum(1) / counted.sum(1)
 
 
-@pytest.mark.parametrize("method", METHODS_AND_LORA)
+@pytest.mark.parametrize("method", TRIED)
 def test_a_step_of_its_trainer(folder, method, tmp_path):
     model = adapted(folder, method)
     bert = plain(folder, model, method)
@@ -114,7 +110,7 @@ def test_a_step_of_its_trainer(folder, method, tmp_path):
     assert_same_step(Step(expected.output, gradients, moved), expected, bound=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS_AND_LORA)
+@pytest.mark.parametrize("method", TRIED)
 def test_saved_loaded_switched_off_and_several(folder, method, tmp_path):
     model = adapted(folder, method)
     wanted = model.encode(TEXTS)

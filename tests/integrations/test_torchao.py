@@ -6,7 +6,7 @@ import pytest
 import torch
 from one_step import WIDE, assert_merging_is_refused, assert_same_step, case, far, one_step
 from peft import PeftModel
-from rlora_helpers import KINDS, METHODS, adapt, layers_of, output, perturb
+from rlora_helpers import KINDS, METHODS, adapt, evaluated, layers_of, perturb
 from torch import Tensor, nn
 from torchao.quantization import (
     Float8WeightOnlyConfig,
@@ -73,13 +73,12 @@ def test_a_step_on_a_quantized_base(method, order, config):
 def test_the_parts_quantized_as_well(which, config):
     # As for serving: the whole model, or any part of it, after training.
     model, inputs = case(dtype=torch.float32)
-    before = output(model, inputs)
+    before = evaluated(model, inputs)
     quantize(model, which, CONFIGS[config])
     names = [name for name, p in model.named_parameters() if is_quantized(p) and which in name]
     assert len(names) >= len(layers_of(model))
-    with torch.no_grad():
-        out = output(model, inputs)
-    assert far(out, output(dense(model), inputs)) < BOUND
+    out = evaluated(model, inputs)
+    assert far(out, evaluated(dense(model), inputs)) < BOUND
     assert far(out, before) > BOUND  # it was quantized
 
 
@@ -91,20 +90,19 @@ def test_saved_and_loaded_on_a_base_quantized_again(config, tmp_path):
     base = KINDS["llama"].base(**WIDE["llama"])
     for target in KINDS["llama"].targets:
         quantize(base, target, CONFIGS[config])
-    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    again = PeftModel.from_pretrained(base, tmp_path)
     assert all(is_quantized(layer.get_base_layer().weight) for layer in layers_of(again))
-    with torch.no_grad():
-        assert torch.equal(output(again, inputs), output(model, inputs))
-        with again.disable_adapter():
-            assert far(output(again, inputs), output(model, inputs)) > 0.01
+    found = evaluated(again, inputs)
+    assert torch.equal(found, evaluated(model, inputs))
+    with again.disable_adapter():
+        assert far(evaluated(again, inputs), found) > 0.01
 
 
 def test_activations_in_int8():
     # What torchao rounds on the way depends on the data; so the step is that to int8's rounding.
     model, inputs = case("mlora", dtype=torch.float32)
     quantize(model, "base_layer", Int8DynamicActivationInt8WeightConfig())
-    with torch.no_grad():
-        assert far(output(model, inputs), output(dense(model), inputs)) < 0.1
+    assert far(evaluated(model, inputs), evaluated(dense(model), inputs)) < 0.1
 
 
 @pytest.mark.parametrize("config", CONFIGS)

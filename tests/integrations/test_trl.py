@@ -25,10 +25,11 @@ from one_step import (
     assert_same_step,
     far,
     one_step,
+    replaced,
     without_dropout,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
-from rlora_helpers import KINDS, METHODS, perturb
+from peft import PeftModel, get_peft_model
+from rlora_helpers import KINDS, METHODS, adapt, evaluated, perturb, trained_of
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -49,7 +50,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 TARGETS = list(KINDS["llama"].targets)
-METHODS_AND_LORA = ["lora", "rlora", "centered", "mlora", "hydralora"]
+TRIED = ["rlora", "centered", "mlora", "hydralora"]
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8", "w9"]
 GOOD = [" w10 w11", " w12 w13 w14", " w15", " w16 w17"]
 BAD = [" w18", " w19 w20", " w21 w22 w23", " w24 w25"]
@@ -87,20 +88,19 @@ def plain_step(model: nn.Module, batch: dict, loss: Callable[[nn.Module, dict], 
 # Preferences
 
 
-def dataset(method: str) -> Dataset:
-    if method == "DPO":
-        return Dataset.from_dict({"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD})
-    completions = [GOOD[0], BAD[1], GOOD[2], BAD[3]]
-    labels = [True, False, True, False]
-    return Dataset.from_dict({"prompt": PROMPTS, "completion": completions, "label": labels})
+SEEN = {"prompt": PROMPTS, "completion": [GOOD[0], BAD[1], GOOD[2], BAD[3]]}
+PREFERRING = {
+    "DPO": (DPOTrainer, DPOConfig, {"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD}),
+    "KTO": (KTOTrainer, KTOConfig, SEEN | {"label": [True, False, True, False]}),
+}
 
 
 def preferring(trainer: str, model: nn.Module, words, folder: Path) -> DPOTrainer | KTOTrainer:
-    make, config = {"DPO": (DPOTrainer, DPOConfig), "KTO": (KTOTrainer, KTOConfig)}[trainer]
+    make, config, rows = PREFERRING[trainer]
     return make(
         model=model,
         args=config(**settings(folder)),
-        train_dataset=dataset(trainer),
+        train_dataset=Dataset.from_dict(rows),
         processing_class=words,
     )
 
@@ -108,17 +108,12 @@ def preferring(trainer: str, model: nn.Module, words, folder: Path) -> DPOTraine
 BETA = 0.1  # TRL's default for both
 
 
-def log_probabilities(model: nn.Module, batch: dict) -> Tensor:
-    """Of each row's completion, summed over its tokens."""
+def ratios(model: nn.Module, batch: dict) -> Tensor:
+    """ln of policy over reference, the policy as it starts, of each row's whole completion."""
     ids, counted = batch["input_ids"], batch["completion_mask"][:, 1:]
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
     each = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return (each * counted).sum(1)
-
-
-def ratios(model: nn.Module, batch: dict) -> Tensor:
-    """ln of policy over reference, where the reference is the policy as it starts."""
-    logs = log_probabilities(model, batch)
+    logs = (each * counted).sum(1)
     return logs - logs.detach()
 
 
@@ -135,26 +130,20 @@ def kto_loss(model: nn.Module, batch: dict) -> Tensor:
 LOSSES = {"DPO": (dpo_loss, math.log(2)), "KTO": (kto_loss, 0.5)}
 
 
-def adapted(method: str) -> PeftModel:
-    """With dropout by default, which TRL switches off; "lora", a control, is PEFT's own."""
+def adapted(**settings) -> PeftModel:
+    """With dropout by default, which TRL switches off."""
     base = KINDS["llama"].base(**WIDE["llama"])
-    if method == "lora":
-        config = LoraConfig(target_modules=TARGETS, init_lora_weights=False, lora_dropout=0.1)
-        return get_peft_model(base, config)
-    config = RLoraConfig(target_modules=TARGETS, init_seed=0, **METHODS[method])
-    return perturb(get_peft_model(base, config))
+    return perturb(adapt(base, TARGETS, init_seed=0, **settings))
 
 
 @pytest.mark.parametrize("trainer", LOSSES)
-@pytest.mark.parametrize("method", METHODS_AND_LORA)
+@pytest.mark.parametrize("method", TRIED)
 def test_the_reference_of_a_trained_adapter_is_its_copy(method, trainer, words, tmp_path):
-    model = adapted(method)
+    model = adapted(**METHODS[method])
     plain = without_dropout(copy.deepcopy(model))
     made = preferring(trainer, model, words, tmp_path)
     parameters = dict(model.named_parameters())
-    copies = [name for name in parameters if ".default." in name]
-    assert copies
-    for name in copies:
+    for name in (name for name in parameters if ".default." in name):
         assert parameters[name.replace(".default.", ".ref.")].equal(parameters[name]), name
     batch, step = trained_step(made)
 
@@ -171,8 +160,7 @@ def test_the_reference_of_a_trained_adapter_is_its_copy(method, trainer, words, 
 @pytest.mark.parametrize("trainer", LOSSES)
 @pytest.mark.parametrize("on", ["heads", "input"])
 def test_dropout_is_switched_off_in_training_and_not_in_the_file(on, trainer, words, tmp_path):
-    config = RLoraConfig(target_modules=TARGETS, lora_dropout=0.5, dropout_on=on)
-    model = perturb(get_peft_model(KINDS["llama"].base(**WIDE["llama"]), config)).train()
+    model = adapted(lora_dropout=0.5, dropout_on=on).train()
     inputs = KINDS["llama"].inputs()
     assert far(model(**inputs).logits, model(**inputs).logits) > 0.01
     preferring(trainer, model, words, tmp_path)
@@ -206,18 +194,11 @@ def in_4_bit(folder: Path) -> nn.Module:
     return base
 
 
-def in_full(model: nn.Module) -> nn.Module:
-    """The plain model: the same numbers, dense and in fp32, the adapter's too."""
-    plain = copy.deepcopy(model)
-    for path, module in list(plain.named_modules()):
-        if isinstance(module, Linear4bit):
-            weight = module.weight
-            whole = dequantize_4bit(weight.data, weight.quant_state).float()
-            dense = nn.Linear(module.in_features, module.out_features, bias=False)
-            dense.weight = nn.Parameter(whole, requires_grad=False)
-            parent, _, name = path.rpartition(".")
-            setattr(plain.get_submodule(parent), name, dense)
-    return plain.float()
+def dense(linear: Linear4bit) -> nn.Linear:
+    made = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made
 
 
 def sft_loss(model: nn.Module, batch: dict) -> Tensor:
@@ -236,24 +217,18 @@ def sft(base: nn.Module, config, words, folder: Path) -> SFTTrainer:
     )
 
 
-@pytest.mark.parametrize("method", METHODS_AND_LORA)
+@pytest.mark.parametrize("method", TRIED)
 def test_fine_tuning_on_4_bits(method, base_folder, words, tmp_path):
-    if method == "lora":
-        config = LoraConfig(target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM")
-    else:
-        off = {"lora_dropout": 0.0, "init_seed": 0, "task_type": "CAUSAL_LM"}
-        if METHODS[method].get("init_heads") == "zeros":
-            off["router_init"] = "kaiming"
-        config = RLoraConfig(target_modules=TARGETS, **METHODS[method] | off)
+    how = {"lora_dropout": 0.0, "init_seed": 0, "task_type": "CAUSAL_LM"}
+    config = RLoraConfig(target_modules=TARGETS, **METHODS[method] | how)
     trainer = sft(in_4_bit(base_folder), config, words, tmp_path)
     perturb(trainer.model, scale=0.05)
-    trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
-    assert trained == {torch.bfloat16}
+    assert {p.dtype for p in trained_of(trainer.model).values()} == {torch.bfloat16}
     # TRL replaces a forward, which a copy of its model would share: the plain one is made anew.
     plain = get_peft_model(in_4_bit(base_folder), config)
     for name, p in adapter_of(trainer.model).items():
         adapter_of(plain)[name].data = p.data.clone()
-    full = in_full(plain)
+    full = replaced(copy.deepcopy(plain), Linear4bit, dense).float()
     batch, step = trained_step(trainer)
     # The same operations, but for the last product, which TRL takes in pieces.
     assert_same_step(step, plain_step(plain, batch, sft_loss), bound=1e-3)
@@ -269,13 +244,11 @@ def test_the_start_on_4_bits_is_the_base_up_to_bf16(heads, base_folder, words, t
     config = RLoraConfig(
         target_modules=TARGETS, init_heads=heads, init_seed=0, task_type="CAUSAL_LM"
     )
-    model = sft(in_4_bit(base_folder), config, words, tmp_path).model.eval()
+    model = sft(in_4_bit(base_folder), config, words, tmp_path).model
     inputs = KINDS["llama"].inputs()
-    with torch.no_grad():
-        start = model(**inputs).logits
-        with model.disable_adapter():
-            base = model(**inputs).logits
-    assert 0 < far(start, base) < 0.02
+    start = evaluated(model, inputs)
+    with model.disable_adapter():
+        assert 0 < far(start, evaluated(model, inputs)) < 0.02
 
 
 # Chapter 11b's ten lines

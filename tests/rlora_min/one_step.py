@@ -9,6 +9,7 @@ from rlora_helpers import KINDS, METHODS, adapt, layers_of, output, perturb
 from torch import Tensor, nn
 
 LR = 1.0  # of plain gradient descent
+TRIED = ("rlora", "mlora", "hydralora")  # with the pair, without a router, masked before A
 PARTS = ("rlora_A", "rlora_B", "rlora_router", "rlora_A0", "rlora_B0")
 # Weights so wide that every part of the adapter gets a gradient well above rounding.
 WIDE = {"llama": {"initializer_range": 0.4}}
@@ -51,9 +52,9 @@ def trains(name: str) -> bool:
 
 
 def adapter_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the adapter, the side pair included; or of PEFT's LoRA, as a control."""
+    """The parameters of the adapter, the side pair included."""
     named = {plain_name(name): p for name, p in model.named_parameters()}
-    return {name: p for name, p in named.items() if "lora_" in name}
+    return {name: p for name, p in named.items() if "rlora_" in name}
 
 
 def parts_of(model: nn.Module) -> list[nn.Module]:
@@ -80,6 +81,15 @@ def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    return model
+
+
+def replaced(model: nn.Module, kind: type, make: Callable) -> nn.Module:
+    """The model with the base's projections of this kind made anew."""
+    for path, module in list(model.named_modules()):
+        if type(module) is kind and "proj" in path and "rlora" not in path:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, make(module))
     return model
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -20,11 +21,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlora_min import RLoraConfig, RLoraLayer
+from rlora_min import RLoraConfig, RLoraLayer, export_lora
 
-# A warning is an error, but for PEFT's use of a name that transformers has deprecated.
+# A warning is an error, but for names that transformers has deprecated.
 STRICT = [
     pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     # torch's advice to who runs the first release of Python 3.13
     pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
@@ -129,9 +131,17 @@ def layer_paths(model: nn.Module) -> dict[str, RLoraLayer]:
 
 def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """Every tensor of an adapter, the side pair included, by its name in the state dict."""
-    own = (f".{adapter_name}", f".{adapter_name}.weight")
+    own = f".{adapter_name}.weight"
     state = model.state_dict()
     return {k: v for k, v in state.items() if ".rlora_" in k and k.endswith(own)}
+
+
+def trained_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in trained_of(model).items()}
 
 
 @torch.no_grad()
@@ -144,11 +154,10 @@ def perturb(model: nn.Module, adapter_name: str = "default", seed: int = 5, scal
     return model
 
 
-def train(model: nn.Module, batches: Iterable, lr: float = 1e-2) -> nn.Module:
+def train(model: nn.Module, batches: Iterable) -> nn.Module:
     """A step of AdamW for each batch, without weight decay, to make the outputs small."""
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0)
+    optimizer = torch.optim.AdamW(trained_of(model).values(), lr=1e-2, weight_decay=0)
     for inputs in batches:
         output(model, inputs).square().mean().backward()
         optimizer.step()
@@ -187,11 +196,9 @@ def anatomy(model: nn.Module) -> dict:
 
 def assert_unchanged(model: nn.Module, before: dict) -> None:
     after = anatomy(model)
-    for part in before:
-        if part == "tensors":
-            assert same_tensors(before[part], after[part]), part
-        else:
-            assert before[part] == after[part], part
+    assert same_tensors(before["tensors"], after["tensors"])
+    for part in before.keys() - {"tensors"}:
+        assert before[part] == after[part], part
 
 
 @contextmanager
@@ -200,6 +207,18 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     before = anatomy(model)
     yield
     assert_unchanged(model, before)
+
+
+class Operations(TorchDispatchMode):
+    """Notes each of ATen's operations that runs inside, and its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func.overloadpacket.__name__, args))
+        return func(*args, **(kwargs or {}))
 
 
 def tensors_of(layer: RLoraLayer, name: str = "default") -> dict[str, Tensor]:
@@ -230,3 +249,18 @@ def equation(x, t: dict[str, Tensor], c: RLoraConfig, input_mask=1.0, head_masks
     if "A0" in t:
         h = h - s * (x @ t["A0"].T) @ t["B0"].T
     return h
+
+
+def assert_true_error(error: tuple[float, float], routed: Tensor, exported: Tensor) -> None:
+    """The largest and the relative difference of an export are as `export_lora` said."""
+    routed, difference = routed.double(), routed.double() - exported.double()
+    measured = difference.abs().max().item(), (difference.norm() / routed.norm()).item()
+    assert error == pytest.approx(measured, rel=1e-4, abs=1e-6)
+
+
+def exported(model: nn.Module, base: nn.Module, inputs, folder, *how) -> PeftModel:
+    """The export on a fresh base, by stock PEFT, off the model as far as was said."""
+    error = export_lora(model, folder, *how, batch=inputs)
+    loaded = PeftModel.from_pretrained(base, folder)
+    assert_true_error(error, evaluated(model, inputs), evaluated(loaded, inputs))
+    return loaded

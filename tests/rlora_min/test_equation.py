@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlora_helpers import (
     STRICT,
+    Operations,
     adapt,
-    adapter_tensors,
     equation,
     layers_of,
     perturb,
     relative,
     tensors_of,
+    trained_of,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from rlora_min import RLoraConfig
@@ -57,62 +58,56 @@ def known_masks():
         yield masks
 
 
-@st.composite
-def cases(draw):
-    sizes = st.integers(1, 5)
-    config = {
-        "r": draw(st.integers(1, 4)),
-        "num_heads": draw(st.integers(1, 4)),
-        "lora_alpha": draw(st.sampled_from([1, 8, 32])),
-        "lora_dropout": draw(st.sampled_from([0.0, 0.1, 0.6])),
-        "use_rslora": draw(st.booleans()),
-        "init_heads": draw(st.sampled_from(["random", "centered", "zeros"])),
-        "dropout_on": draw(st.sampled_from(["heads", "input"])),
-        "router": draw(st.sampled_from(["softmax", "mean"])),
-        "router_init": "kaiming",
+SIZE = st.integers(1, 5)
+CONFIG = st.fixed_dictionaries(
+    {
+        "r": st.integers(1, 4),
+        "num_heads": st.integers(1, 4),
+        "lora_alpha": st.sampled_from([1, 8, 32]),
+        "lora_dropout": st.sampled_from([0.0, 0.1, 0.6]),
+        "use_rslora": st.booleans(),
+        "init_heads": st.sampled_from(["random", "centered", "zeros"]),
+        "dropout_on": st.sampled_from(["heads", "input"]),
+        "router": st.sampled_from(["softmax", "mean"]),
+        "router_init": st.just("kaiming"),
     }
-    shape = draw(st.lists(st.integers(1, 3), max_size=3)) + [draw(sizes)]
-    return config, shape, {"d_out": draw(sizes), "conv": draw(st.booleans())}
+)
 
 
-@given(cases(), st.booleans())
-@settings(max_examples=150, deadline=None, derandomize=True)
-def test_forward_and_every_gradient_equal_a_loop_over_the_heads(case, training):
-    config, shape, sizes = case
-    model, layer = one_layer(d_in=shape[-1], **sizes, **config)
+@given(CONFIG, st.lists(st.integers(1, 3), max_size=3), SIZE, SIZE, st.booleans(), st.booleans())
+@settings(max_examples=150, derandomize=True)
+def test_forward_and_every_gradient_equal_a_loop_over_the_heads(
+    config, tokens, d_in, d_out, conv, training
+):
+    model, layer = one_layer(d_in, d_out, conv, **config)
     model.train(training)
     config, trained = layer.configs["default"], tensors_of(layer)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*tokens, d_in, dtype=torch.float64, requires_grad=True)
     with known_masks() as masks:
         h = model(x)
-    draws = training and config.lora_dropout > 0
-    assert len(masks) == draws
+    assert len(masks) == (training and config.lora_dropout > 0)
     masked = {}
-    if draws and config.dropout_on == "input":
+    if masks and config.dropout_on == "input":
         masked = {"input_mask": masks[0]}
         assert masks[0].shape == x.shape
-    elif draws:
+    elif masks:
         masked = {"head_masks": masks[0]}
-        assert masks[0].shape == (*shape[:-1], config.num_heads, config.r)
+        assert masks[0].shape == (*tokens, config.num_heads, config.r)
 
     clones = {name: t.detach().clone().requires_grad_() for name, t in trained.items()}
     y = x.detach().clone().requires_grad_()
     base = layer.base_layer
     W = base.weight.T if isinstance(base, Conv1D) else base.weight
     expected = y @ W.T + base.bias + equation(y, clones, config, **masked)
-    assert h.shape == expected.shape == (*shape[:-1], sizes["d_out"])
+    assert h.shape == (*tokens, d_out)
     assert relative(h - expected, expected) < EXACT
 
     weight = torch.randn_like(h)
     (h * weight).sum().backward()
     (expected * weight).sum().backward()
-    assert (x.grad - y.grad).abs().max() <= EXACT * y.grad.abs().max().clamp(min=1)
+    assert_close(x.grad, y.grad, rtol=EXACT / 2, atol=EXACT / 2)
     for name in trained.keys() - {"A0", "B0"}:
-        theirs = clones[name].grad
-        scale = theirs.abs().max().clamp(min=1)
-        assert (trained[name].grad - theirs).abs().max() <= EXACT * scale, name
-    assert base.weight.grad is None and base.bias.grad is None
-    assert not any(t.requires_grad for n, t in trained.items() if n in ("A0", "B0"))
+        assert_close(trained[name].grad, clones[name].grad, rtol=EXACT / 2, atol=EXACT / 2)
 
 
 def test_several_active_adapters_add_up_each_with_its_own_settings():
@@ -131,9 +126,7 @@ def test_several_active_adapters_add_up_each_with_its_own_settings():
 @pytest.mark.parametrize("router", ["softmax", "mean"])
 @pytest.mark.parametrize("init_heads", ["random", "centered", "zeros"])
 @pytest.mark.parametrize("conv", [False, True])
-def test_state_is_named_and_shaped_as_promised_and_the_trained_part_counts_by_formula(
-    router, init_heads, conv
-):
+def test_state_is_named_and_shaped_as_promised_and_the_pair_is_frozen(router, init_heads, conv):
     d_in, d_out, r, N = 7, 9, 2, 3
     model, layer = one_layer(
         d_in, d_out, conv, r=r, num_heads=N, router=router, init_heads=init_heads, perturbed=False
@@ -142,34 +135,19 @@ def test_state_is_named_and_shaped_as_promised_and_the_trained_part_counts_by_fo
     if router == "softmax":
         trained["rlora_router"] = (N, d_in)
     frozen = {"rlora_A0": (r, d_in), "rlora_B0": (d_out, r)} if init_heads == "random" else {}
-    for part in trained | frozen:
-        module = getattr(layer, part)["default"]
-        assert type(module) is nn.Linear and module.bias is None
+    assert all(type(getattr(layer, part)["default"]) is nn.Linear for part in trained | frozen)
     names = {part: f"base_model.model.0.{part}.default.weight" for part in trained | frozen}
-    shapes = {name: tuple(tensor.shape) for name, tensor in adapter_tensors(model).items()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if "rlora_" in name}
     assert shapes == {names[part]: shape for part, shape in (trained | frozen).items()}
-    trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trains == {names[part] for part in trained} and not list(model.named_buffers())
-    count = r * d_in + N * r * d_out + (N * d_in if router == "softmax" else 0)
-    assert model.get_nb_trainable_parameters()[0] == count
+    assert trained_of(model).keys() == {names[part] for part in trained}
+    assert not list(model.named_buffers())
 
 
 def test_the_defaults_are_r_lora():
-    written = RLoraConfig(
-        r=4,
-        num_heads=3,
-        lora_alpha=32,
-        lora_dropout=0.1,
-        use_rslora=True,
-        init_heads="random",
-        gamma=64,
-        dropout_on="heads",
-        router="softmax",
-        router_init="zeros",
-        init_weights=True,
-        bias="none",
-    )
-    assert RLoraConfig() == written
+    written = dict(r=4, num_heads=3, lora_alpha=32, lora_dropout=0.1, use_rslora=True, gamma=64)
+    written |= dict(init_heads="random", dropout_on="heads", router="softmax", bias="none")
+    written |= dict(router_init="zeros", init_weights=True)
+    assert RLoraConfig() == RLoraConfig(**written)
 
 
 def test_random_heads_are_drawn_as_table_1_says():
@@ -213,15 +191,8 @@ def test_without_init_weights_nothing_is_zeroed_centred_or_subtracted(init_heads
         assert not t["A0"].any() and not t["B0"].any()
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products, by any name that ATen has for them."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.count += name in ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv")
-        return func(*args, **(kwargs or {}))
+# Matrix products, by all the names that ATen has for them.
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv"}
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # on meta, work can be counted without doing it
@@ -234,9 +205,9 @@ def test_beside_the_base_there_is_one_product_down_and_one_up_however_many_heads
     with torch.device(device):
         base = nn.Sequential(nn.Linear(6, 5))
         model = adapt(base, ["0"], num_heads=N, init_heads=init_heads, router=router).train()
-        with Products() as products:
+        with Operations() as operations:
             model(torch.ones(4, 6))
-    assert products.count == 3
+    assert sum(name in PRODUCTS for name, _ in operations.seen) == 3
 
 
 @pytest.mark.parametrize("init_heads", ["random", "centered"])

@@ -3,19 +3,10 @@
 import math
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from rlora_helpers import (
-    LLAMA,
-    SEQUENTIAL,
-    STRICT,
-    adapt,
-    evaluated,
-    perturb,
-    unchanged,
-)
+from rlora_helpers import LLAMA, SEQUENTIAL, STRICT, adapt, perturb, unchanged
 from torch import nn
 
 from rlora_min import RLoraConfig, export_lora, head_similarity, record_routing
@@ -82,19 +73,15 @@ def test_a_wrong_setting_is_named_with_what_is_allowed_and_what_it_was(setting, 
     dropout_on=st.sampled_from(["heads", "input"]),
     lora_dropout=st.sampled_from([0, 0.1]),
 )
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 def test_heads_that_can_never_separate_are_refused_and_no_others(**config):
     """Zero heads get equal gradients under a uniform router, unless each has its own mask."""
-    never = (
-        config["num_heads"] > 1
-        and config["init_heads"] == "zeros"
-        and (config["router"], config["router_init"]) == ("softmax", "zeros")
-        and not (config["dropout_on"] == "heads" and config["lora_dropout"] > 0)
-    )
-    if not never:
-        RLoraConfig(**config)
-        return
-    with pytest.raises(ValueError, match="never separate.*random or centered.*kaiming.*heads"):
+    equal = config["num_heads"] > 1 and config["init_heads"] == "zeros"
+    uniform = (config["router"], config["router_init"]) == ("softmax", "zeros")
+    if equal and uniform and (config["dropout_on"], config["lora_dropout"]) != ("heads", 0.1):
+        with pytest.raises(ValueError, match="never separate.*random or centered.*kaiming.*heads"):
+            RLoraConfig(**config)
+    else:
         RLoraConfig(**config)
 
 
@@ -114,30 +101,15 @@ def test_what_would_be_ignored_is_refused(settings, message):
 # Targets
 
 
-class Duck(nn.Module):
-    """Looks like a linear layer, and is none."""
-
-    def __init__(self):
-        super().__init__()
-        self.in_features, self.out_features = 6, 6
-        self.weight = nn.Parameter(torch.zeros(6, 6))
-
-
-class Many(nn.Module):
-    """One of each that can't be adapted, behind a linear layer that can."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.embedding = nn.Embedding(4, 4)
-        self.conv = nn.Conv1d(4, 4, 1)
-        self.norm = nn.LayerNorm(4)
-        self.attention = nn.MultiheadAttention(4, 2)
-        self.own = nn.MultiheadAttention(4, 2)
-        self.own.out_proj = nn.Linear(4, 4)  # torch's attention reads its weight alone
-        self.block = nn.Sequential(nn.Linear(4, 4))
-        self.bilinear = nn.Bilinear(4, 4, 4)
-        self.duck = Duck()
+def one_of_each() -> nn.Module:
+    """What can't be adapted, behind a linear layer that can."""
+    duck = nn.LayerNorm(4)
+    duck.in_features = duck.out_features = 4  # looks like a linear layer, and is none
+    own = nn.MultiheadAttention(4, 2)
+    own.out_proj = nn.Linear(4, 4)  # torch's attention reads its weight alone
+    parts = dict(first=nn.Linear(4, 4), embedding=nn.Embedding(4, 4), conv=nn.Conv1d(4, 4, 1))
+    parts |= dict(attention=nn.MultiheadAttention(4, 2), own=own, duck=duck)
+    return nn.ModuleDict(parts)
 
 
 def pooled() -> nn.Module:
@@ -148,18 +120,14 @@ def pooled() -> nn.Module:
 
 ONLY = ".*linear layers and GPT-2's Conv1D"
 REFUSED = [
-    (Many, ["first", "embedding"], f"'embedding', a Embedding{ONLY}"),
-    (Many, ["first", "conv"], f"'conv', a Conv1d{ONLY}"),
-    (Many, ["first", "norm"], f"'norm', a LayerNorm{ONLY}"),
-    (Many, ["first", "attention"], f"'attention', a MultiheadAttention{ONLY}"),
-    (Many, ["first", "attention.out_proj"], f"'attention.out_proj', a Non.*{ONLY}"),
-    (Many, ["first", "own.out_proj"], f"'own.out_proj', a Linear{ONLY}, of known size, not inside"),
-    (Many, ["first", "block"], f"'block', a Sequential{ONLY}"),
-    (Many, ["first", "bilinear"], f"'bilinear', a Bilinear{ONLY}"),
-    (Many, ["first", "duck"], f"'duck', a Duck{ONLY}"),
+    (one_of_each, ["first", "embedding"], f"'embedding', a Embedding{ONLY}"),
+    (one_of_each, ["first", "conv"], f"'conv', a Conv1d{ONLY}"),
+    (one_of_each, ["first", "attention"], f"'attention', a MultiheadAttention{ONLY}"),
+    (one_of_each, ["first", "attention.out_proj"], f"'attention.out_proj', a Non.*{ONLY}"),
+    (one_of_each, ["first", "own.out_proj"], f"'own.out_proj', a Linear{ONLY}"),
+    (one_of_each, ["first", "duck"], f"'duck', a LayerNorm{ONLY}"),
     (pooled, "all-linear", "'pool.out_proj'.*MultiheadAttention"),
-    (LLAMA.base, ["gate_projj"], "'gate_projj'.*not found in the base model.*Closest.*'gate_proj'"),
-    (LLAMA.base, ["q_porj", "nothing"], "'nothing', 'q_porj'.*not found.*Closest.*'q_proj'"),
+    (LLAMA.base, ["q_porj", "nothing"], "'nothing', 'q_porj'.*not found in.*Closest.*'q_proj'"),
     # a string is a pattern for whole paths
     (LLAMA.base, "gate_proj", "'gate_proj'.*not found.*Closest.*'gate_proj'"),
     # nothing is close: all there is, as far as it goes
@@ -190,11 +158,9 @@ def test_targets_that_are_all_excluded_are_named():
 
 def test_a_second_adapter_that_is_refused_leaves_the_first_as_it_was():
     model = perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets))
-    expected = evaluated(model, SEQUENTIAL.inputs())
     for targets in (["nowhere"], ["0", "1"]):
         with unchanged(model), pytest.raises(ValueError, match="nowhere|'1', a Tanh"):
             model.add_adapter("second", RLoraConfig(target_modules=targets))
-    assert torch.equal(evaluated(model, SEQUENTIAL.inputs()), expected)
     model.add_adapter("second", RLoraConfig(target_modules=["0"]))
 
 
@@ -203,17 +169,14 @@ def test_a_second_adapter_that_is_refused_leaves_the_first_as_it_was():
 NOT_THREE = "Layer '[02]' needs 3 finite weights or 'mean', got"
 WRONG_WEIGHTS = [
     ([0.5, 0.5], NOT_THREE),
-    ([], NOT_THREE),
     ("median", NOT_THREE),
     ("abc", NOT_THREE),  # three letters are not three numbers
     ([0.5, 0.5, math.nan], NOT_THREE),
     ([0.5, math.inf, 0.5], NOT_THREE),
-    (torch.ones(2), NOT_THREE),
     ({"0": [1, 0, 0], "2": [1, 0]}, NOT_THREE),
     ({"0": "mean", "2": "uniform"}, NOT_THREE),
     ({"0": [1, 0, 0]}, "weights must name.*'2'"),
     ({"0": "mean", "2": "mean", "4": "mean"}, "weights must name.*'4'"),
-    ({}, "weights must name.*'0'"),
 ]
 
 
@@ -243,7 +206,7 @@ def test_a_batch_is_refused_while_the_adapter_is_off_merged_or_not_alone(tmp_pat
 
     def refused():
         with pytest.raises(ValueError, match="'default' must be active, alone and unmerged"):
-            export_lora(model, tmp_path / "out", [1, 0, 0], batch=inputs)
+            export_lora(model, tmp_path / "out", batch=inputs)
         assert not (tmp_path / "out").exists()
 
     with model.disable_adapter():
@@ -256,4 +219,4 @@ def test_a_batch_is_refused_while_the_adapter_is_off_merged_or_not_alone(tmp_pat
     model.merge_adapter()
     refused()
     model.unmerge_adapter()
-    assert export_lora(model, tmp_path / "out", [1, 0, 0], batch=inputs)[0] > 0
+    export_lora(model, tmp_path / "out", batch=inputs)

@@ -1,5 +1,6 @@
 """Looking inside: how alike the heads are, and how the router weights them."""
 
+import copy
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from rlora_helpers import (
     train,
 )
 from torch import nn
+from torch.testing import assert_close
 
 from rlora_min import RLoraConfig, head_similarity, record_routing
 
@@ -24,25 +26,11 @@ pytestmark = STRICT
 
 def test_similarity_by_hand():
     """Flattened: (1, 0, 0, 0), (1, 1, 1, 1) and (0, 0, -3, -4); |.| = 1, 2 and 5; and none."""
-    heads = [[[1, 0], [0, 0]], [[1, 1], [1, 1]], [[0, 0], [-3, -4]], [[0, 0], [0, 0]]]
+    heads = [[1, 0, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, -3, -4, 0, 0]]
     model = adapt(nn.Sequential(nn.Linear(2, 2)), ["0"], r=2, num_heads=4, init_heads="centered")
-    heads = torch.cat([torch.tensor(head, dtype=torch.float32) for head in heads], 1)
-    layers_of(model)[0].rlora_B["default"].weight.data = heads
-    similarity = head_similarity(model)
-    assert similarity.keys() == {"0"}
+    layers_of(model)[0].rlora_B["default"].weight.data = torch.tensor(heads, dtype=torch.float32)
     expected = [[1, 0.5, 0, 0], [0.5, 1, -0.7, 0], [0, -0.7, 1, 0], [0, 0, 0, 0]]
-    assert torch.allclose(similarity["0"], torch.tensor(expected), atol=1e-6)
-    assert similarity["0"].dtype == torch.float32 and not similarity["0"].requires_grad
-
-
-def test_similarity_has_a_matrix_a_layer_and_random_heads_start_unlike(kind):
-    model = adapt(kind.base(), kind.targets, num_heads=4)
-    similarity = head_similarity(model)
-    assert similarity.keys() == layer_paths(model).keys()
-    for matrix in similarity.values():
-        assert matrix.shape == (4, 4) and torch.allclose(matrix.diag(), torch.ones(4))
-        assert torch.allclose(matrix, matrix.T)
-        assert (matrix - torch.eye(4)).abs().max() < 0.7  # of at least 40 numbers each
+    assert_close(head_similarity(model), {"0": torch.tensor(expected)}, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -56,13 +44,11 @@ def test_each_layers_change_is_taken_from_its_own_start(wrapped):
     initial = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
     assert not head_similarity(model, initial=initial)["0.0"].any()
     train(model, [torch.randn(8, 4) for _ in range(3)])
-    similarity = head_similarity(model, initial=initial)
+    of_changes = head_similarity(model, initial=initial)
     prefix = "base_model.model." if wrapped else ""
     for path, layer in zip(paths, layers_of(model), strict=True):
-        B = layer.rlora_B["default"].weight - initial[f"{prefix}{path}.rlora_B.weight"]
-        one, two = B.detach().unflatten(1, (3, 4)).transpose(0, 1).flatten(1)[:2]
-        expected = torch.cosine_similarity(one, two, dim=0)
-        assert similarity[path][0, 1].item() == pytest.approx(expected.item(), abs=1e-5)
+        layer.rlora_B["default"].weight.data -= initial[f"{prefix}{path}.rlora_B.weight"]
+    assert_close(of_changes, head_similarity(model), rtol=0, atol=1e-5)
 
 
 def test_an_initial_state_without_a_layers_heads_is_refused():
@@ -76,14 +62,9 @@ def test_an_initial_state_without_a_layers_heads_is_refused():
 def routed_by_hand(p):
     """A layer that weights its two heads (p, 1 - p) for the input 1, and (0.5, 0.5) for 0."""
     model = adapt(nn.Sequential(nn.Linear(1, 3)), ["0"], num_heads=2, r=1)
-    with torch.no_grad():
-        W_r = layers_of(model)[0].rlora_router["default"].weight
-        W_r.copy_(torch.tensor([[math.log(p)], [math.log(1 - p)]]))
+    logits = torch.tensor([[math.log(p)], [math.log(1 - p)]])
+    layers_of(model)[0].rlora_router["default"].weight.data = logits
     return model
-
-
-def entropy(p):
-    return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
 
 def test_the_log_goes_by_task_and_counts_what_the_mask_counts():
@@ -104,9 +85,10 @@ def test_the_log_goes_by_task_and_counts_what_the_mask_counts():
         with pytest.raises(ValueError, match=r"'0' has \[2, 2\] tokens, log.mask \[2, 3\]"):
             model(ones)
     assert log.mean["a"]["0"].tolist() == pytest.approx([(0.8 + 1.5) / 4, (0.2 + 1.5) / 4])
-    assert log.entropy["a"]["0"] == pytest.approx((entropy(0.8) + 3 * math.log(2)) / 4)
+    entropy = -0.8 * math.log(0.8) - 0.2 * math.log(0.2)
+    assert log.entropy["a"]["0"] == pytest.approx((entropy + 3 * math.log(2)) / 4)
     assert log.mean["b"]["0"].tolist() == pytest.approx([0.8, 0.2])
-    assert log.entropy["b"]["0"] == pytest.approx(entropy(0.8))
+    assert log.entropy["b"]["0"] == pytest.approx(entropy)
     assert log.mean.keys() == log.entropy.keys() == {"a", "b"}
 
 
@@ -134,12 +116,9 @@ def test_the_log_stops_with_its_block_and_changes_nothing(kind):
         assert log.mean == {}
         assert torch.equal(evaluated(model, inputs), expected)
     assert log.mean["all"].keys() == log.entropy["all"].keys() == layer_paths(model).keys()
-    for path, g in log.mean["all"].items():
-        assert g.shape == (3,) and g.sum().item() == pytest.approx(1, abs=1e-5)
-        assert 0 < log.entropy["all"][path] < math.log(3) + 1e-6
-    before = {path: g.clone() for path, g in log.mean["all"].items()}
+    before = copy.deepcopy(log.mean)
     evaluated(model, kind.inputs(seed=3))
-    assert all(torch.equal(g, before[path]) for path, g in log.mean["all"].items())
+    assert_close(log.mean, before, rtol=0, atol=0)
     with pytest.raises(ZeroDivisionError), record_routing(model):
         _ = 1 / 0
     assert not any(layer.recorders for layer in layers_of(model))
@@ -171,7 +150,6 @@ def test_in_training_the_log_sees_what_the_layer_uses():
     assert torch.equal(log.mean["all"]["0"], log.mean["training"]["0"])
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("inside", [False, True])
 def test_routing_is_recorded_on_a_compiled_model_or_the_error_says_that_it_cant(inside):
     model = perturb(adapt(SEQUENTIAL.base(), SEQUENTIAL.targets))
@@ -183,9 +161,7 @@ def test_routing_is_recorded_on_a_compiled_model_or_the_error_says_that_it_cant(
     evaluated(compiled, x)
     with record_routing(compiled if inside else model) as again:
         value = evaluated(compiled, x)
-    assert again.mean["all"].keys() == log.mean["all"].keys() == {"0", "2"}
-    for path, mean in log.mean["all"].items():
-        assert torch.allclose(again.mean["all"][path], mean, atol=1e-6)
+    assert_close(again.mean, log.mean, rtol=1e-5, atol=1e-6)
     assert torch.equal(evaluated(compiled, x), value)
     torch._dynamo.reset()
     whole = torch.compile(model, fullgraph=True, backend="eager")

@@ -6,25 +6,22 @@ computes the same with and without them.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from accelerate.hooks import remove_hook_from_submodules
-from one_step import PARTS, assert_same_step, case, far, loss_of, one_step, parts_of
-from rlora_helpers import layers_of, output
-from torch import Tensor, nn
+from one_step import PARTS, TRIED, assert_same_step, case, far, loss_of, one_step, parts_of
+from rlora_helpers import gradients_of, layers_of, output
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrizations, parametrize, prune
-
-METHODS = ("rlora", "mlora", "hydralora")
-
+from torch.nn.utils import parametrize
 
 # Hooks
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRIED)
 def test_hooks_on_the_parts_see_every_call_and_change_nothing(method):
     model, inputs = case(method)
     plain = one_step(copy.deepcopy(model), inputs)
@@ -54,7 +51,7 @@ def test_a_hook_on_every_module_sees_the_parts():
     assert seen >= set(parts_of(model))
 
 
-# What tools do to a part. Each function does it, and returns the weight that the part then has.
+# What tools do to a part: here each doubles what it gives.
 
 
 class Twice(nn.Module):
@@ -62,74 +59,51 @@ class Twice(nn.Module):
         return 2 * weight
 
 
-def hooked(part: nn.Linear, *_) -> Tensor:
+def hooked(part: nn.Linear, parts: nn.ModuleDict) -> None:
     part.register_forward_hook(lambda part, args, out: 2 * out)
-    return 2 * part.weight
 
 
-def put_into(part: nn.Linear, *_) -> Tensor:
+def put_into(part: nn.Linear, parts: nn.ModuleDict) -> None:
     part.forward = lambda x: 2 * nn.Linear.forward(part, x)
-    return 2 * part.weight
 
 
-def replaced(part: nn.Linear, parts: nn.ModuleDict) -> Tensor:
+def replaced(part: nn.Linear, parts: nn.ModuleDict) -> None:
     parts["default"] = nn.Sequential(part, Twice())
-    return 2 * part.weight
 
 
-def parametrized(part: nn.Linear, *_) -> Tensor:
-    weight = part.weight.detach().clone()
+def parametrized(part: nn.Linear, parts: nn.ModuleDict) -> None:
     parametrize.register_parametrization(part, "weight", Twice())
-    return 2 * weight
-
-
-def normed(part: nn.Linear, *_) -> Tensor:
-    weight = part.weight.detach().clone()
-    parametrizations.weight_norm(part)
-    part.parametrizations.weight.original0.data *= 3
-    return 3 * weight
-
-
-def pruned(part: nn.Linear, *_) -> Tensor:
-    weight = part.weight.detach().clone()
-    prune.l1_unstructured(part, "weight", amount=0.5)
-    return part.weight_mask * weight
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("tool", [hooked, put_into, replaced, parametrized, normed, pruned])
-def test_a_part_that_a_tool_changed_is_the_part_with_another_weight(tool, name):
+@pytest.mark.parametrize("tool", [hooked, put_into, replaced, parametrized])
+def test_a_part_that_a_tool_doubled_is_the_part_with_twice_the_weight(tool, name):
     model, x = case(kind="sequential")
     x.requires_grad_()
     before, plain = model(x), copy.deepcopy(model)
     for layer, twin in zip(layers_of(model), layers_of(plain), strict=True):
         parts = getattr(layer, name)
-        getattr(twin, name)["default"].weight.data = tool(parts["default"], parts).detach()
-    found, expected = model(x), plain(x)
+        tool(parts["default"], parts)
+        getattr(twin, name)["default"].weight.data *= 2
+    outputs = found, expected = model(x), plain(x)
     assert far(found, expected) < 1e-9 and far(found, before) > 1e-3
-    gradients = [
-        torch.autograd.grad(loss_of(out), x, retain_graph=True) for out in (found, expected)
-    ]
-    assert far(gradients[0][0], gradients[1][0]) < 1e-9
+    gradients = [torch.autograd.grad(loss_of(out), x, retain_graph=True)[0] for out in outputs]
+    assert far(*gradients) < 1e-9
     loss_of(found).backward()
-    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    assert all(gradient.any() for gradient in gradients_of(model).values())
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_a_part_that_was_replaced_by_one_with_a_bias_has_it(name):
+def test_a_part_that_got_a_bias_has_it(name):
     model, inputs = case()
-    plain, other = copy.deepcopy(model), copy.deepcopy(model)
-    for layer, twin in zip(layers_of(other), layers_of(plain), strict=True):
-        old = getattr(layer, name)["default"]
-        new = nn.Linear(old.in_features, old.out_features, dtype=torch.float64)
-        new.weight.data.copy_(old.weight)
-        getattr(layer, name)["default"] = new
-        shift = new.bias.detach()
-        part = getattr(twin, name)["default"]
-        part.register_forward_hook(lambda part, args, out, shift=shift: out + shift)
-    found = output(other, inputs)
-    assert far(found, output(plain, inputs)) < 1e-9
-    assert far(found, output(model, inputs)) > 1e-3
+    before, plain = output(model, inputs), copy.deepcopy(model)
+    for layer, twin in zip(layers_of(model), layers_of(plain), strict=True):
+        part = getattr(layer, name)["default"]
+        part.bias = nn.Parameter(torch.randn(part.out_features, dtype=torch.float64))
+        added = partial(lambda _, args, out, bias: out + bias, bias=part.bias)
+        getattr(twin, name)["default"].register_forward_hook(added)
+    found = output(model, inputs)
+    assert far(found, output(plain, inputs)) < 1e-9 and far(found, before) > 1e-3
 
 
 # The dropout, which is a module too
@@ -170,33 +144,18 @@ def offload(model: nn.Module, where: str, folder) -> None:
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRIED)
 def test_offloaded(method, where, tmp_path):
     model, x = case(method, "sequential")
     x.requires_grad_()
     plain = copy.deepcopy(model.train())
     offload(model, where, tmp_path)
-    one, other = model(x), plain(x)
-    assert far(one, other) < 1e-9
+    outputs = model(x), plain(x)
+    assert far(*outputs) < 1e-9
     # Weights that are away have no gradient, with LoRA neither; what flows through them is right.
-    gradients = [torch.autograd.grad(loss_of(out), x)[0] for out in (one, other)]
+    gradients = [torch.autograd.grad(loss_of(out), x)[0] for out in outputs]
     assert far(*gradients) < 1e-9
     assert all(p.is_meta and p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_trained_after_the_weights_came_back(method, tmp_path):
-    model, inputs = case(method, "sequential")
-    plain = copy.deepcopy(model)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    offload(model, "cpu", tmp_path)
-    model(inputs)
-    remove_hook_from_submodules(model)
-    for name, p in weights.items():
-        module, _, own = name.rpartition(".")
-        trained = model.get_parameter(name).requires_grad
-        setattr(model.get_submodule(module), own, nn.Parameter(p, requires_grad=trained))
-    assert_same_step(one_step(model, inputs), one_step(plain, inputs))
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from one_step import adapter_of, case, far, loss_of
-from rlora_helpers import SEQUENTIAL
+from one_step import TRIED, case, far, loss_of
+from rlora_helpers import SEQUENTIAL, gradients_of, trained_of
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
@@ -26,7 +26,7 @@ def members(method: str, what: str) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("what", ["bases", "adapters", "both"])
-@pytest.mark.parametrize("method", ["rlora", "mlora", "hydralora"])
+@pytest.mark.parametrize("method", TRIED)
 def test_an_ensemble_in_one_call(method, what):
     models = members(method, what)
     stacked, buffers = stack_module_state(models)
@@ -43,11 +43,9 @@ def test_an_ensemble_in_one_call(method, what):
         one = loss_of(model(x))
         one.backward()
         assert far(losses[i], one) < 1e-9
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        assert trained
-        for name, p in trained.items():
-            assert p.grad.abs().max() > 0, name
-            assert far(gradients[name][i], p.grad) < 1e-9, name
+        for name, gradient in gradients_of(model).items():
+            assert gradient.any(), name
+            assert far(gradients[name][i], gradient) < 1e-9, name
 
 
 @pytest.mark.parametrize("method", ["rlora", "mlora"])
@@ -59,7 +57,7 @@ def test_a_gradient_for_each_example(method):
         return loss_of(functional_call(model, parameters, (row,)))
 
     each = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
-    trained = {name: p for name, p in adapter_of(model).items() if p.requires_grad}
+    trained = trained_of(model)
     for i, row in enumerate(x):
         alone = torch.autograd.grad(loss_of(model(row)), trained.values())
         for name, one in zip(trained, alone, strict=True):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,25 +34,19 @@ def test_the_type_is_a_string_with_what_is_read_of_pefts_own_types():
     assert type(copy.deepcopy(kind)) is type(kind)
 
 
-class Saved:
-    """A folder with a base, one with an adapter on it, and what the two give together."""
-
-    def __init__(self, folder):
-        self.base, self.adapter = folder / "base", folder / "adapter"
-        LLAMA.base().save_pretrained(self.base)
-        loaded = AutoModelForCausalLM.from_pretrained(self.base)
-        settings = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
-        model = perturb(get_peft_model(loaded, RLoraConfig(**settings)))
-        self.expected = evaluated(model, LLAMA.inputs())
-        model.save_pretrained(self.adapter)
-        self.tensors = load_file(self.adapter / "adapter_model.safetensors")
-
-
 @pytest.fixture
 def saved(tmp_path):
+    """A base on disk, an adapter on it, and what the two give together."""
+    saved = SimpleNamespace(base=tmp_path / "base", adapter=tmp_path / "adapter")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Saved(tmp_path)
+        LLAMA.base().save_pretrained(saved.base)
+        base = AutoModelForCausalLM.from_pretrained(saved.base)
+        model = perturb(adapt(base, ["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+        saved.expected = evaluated(model, LLAMA.inputs())
+        model.save_pretrained(saved.adapter)
+        saved.tensors = load_file(saved.adapter / "adapter_model.safetensors")
+    return saved
 
 
 def from_the_adapters_folder(saved):
@@ -74,7 +69,6 @@ def add_adapter(saved):
     return model
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", [from_the_adapters_folder, load_adapter, add_adapter])
 def test_transformers_own_ways_give_the_same_model(way, saved, tmp_path):
     model = way(saved)
@@ -87,7 +81,6 @@ def test_transformers_own_ways_give_the_same_model(way, saved, tmp_path):
     assert torch.equal(evaluated(model, LLAMA.inputs()), evaluated(LLAMA.base(), LLAMA.inputs()))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_transformers_add_adapter_trains_is_the_adapter_alone(saved):
     model = AutoModelForCausalLM.from_pretrained(saved.base)
     model.add_adapter(RLoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
@@ -102,8 +95,7 @@ def test_pefts_status_knows_the_adapter():
     assert status.peft_types == {"default": "RLORA"}
     assert status.adapter_model_type == "RLoraModel"
     assert status.num_adapter_layers == len(layers_of(model))
-    assert status.trainable_params == model.get_nb_trainable_parameters()[0]
-    assert status.requires_grad == {"default": True} and status.enabled is True
+    assert status.requires_grad == {"default": True}
     assert {s.module_type for s in model.get_layer_status()} == {"RLoraLayer"}
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from one_step import LR, Step, trains
 from rlora_helpers import output
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
@@ -68,20 +67,3 @@ def step_of_both(out: Tensor, before: dict[str, Tensor], after: dict[str, Tensor
     moved = {name: p - before[name] for name, p in after.items()}
     gradients = {name: -p / LR for name, p in moved.items() if trains(name)}
     return Step(torch.cat(outputs), gradients, moved)
-
-
-def write(step: Step, path: Path) -> None:
-    tensors = {"output": step.output}
-    tensors |= {f"gradients {name}": t for name, t in step.gradients.items()}
-    tensors |= {f"moved {name}": t for name, t in step.moved.items()}
-    save_file({key: t.contiguous() for key, t in tensors.items()}, path)
-
-
-def read(path: Path) -> Step:
-    tensors = load_file(path)
-    groups = {"gradients": {}, "moved": {}}
-    for key, tensor in tensors.items():
-        group, _, name = key.partition(" ")
-        if name:
-            groups[group][name] = tensor
-    return Step(tensors["output"], **groups)
