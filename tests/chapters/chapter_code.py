@@ -32,14 +32,24 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def printed_by(path: Path, timeout: int = 600, **environment: str) -> str:
-    """What a chapter prints, run whole in a kernel of its own."""
-    notebook = read(path)
+def run(notebook: nbformat.NotebookNode, **environment: str) -> None:
+    """Runs a notebook here, whole, in a kernel of its own; it then holds its outputs."""
     resources = {"metadata": {"path": str(BOOK)}}
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=resources)
-    client.execute(env=os.environ | environment)
-    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
+    client.execute(env=os.environ | execute.QUIET | environment)
+
+
+def said_by(*cells: nbformat.NotebookNode) -> str:
+    """What the outputs of cells print."""
+    outputs = [out for cell in cells for out in cell.get("outputs", [])]
     return "".join(out.get("text", "") for out in outputs)
+
+
+def printed_by(path: Path, **environment: str) -> str:
+    """What a chapter prints when it is run."""
+    notebook = read(path)
+    run(notebook, **environment)
+    return said_by(*notebook.cells)
 
 
 def chapter_sources(notebook: str, solutions: bool = False) -> list[str]:
