@@ -133,15 +133,6 @@ def test_a_search_that_died_in_a_trial_goes_on_as_if_nothing_had_happened():
     assert len({str(params) for _, params, _ in whole}) == 14  # nothing twice
 
 
-def test_asked_for_what_is_done_it_runs_nothing():
-    storage = optuna.storages.InMemoryStorage()
-    first = outcome(chapter.search(storage, 5, fake))
-    assert outcome(chapter.search(storage, 5, lambda *a: 1 / 0)) == first
-    with pytest.raises(ZeroDivisionError):
-        chapter.search(storage, 6, lambda *a: 1 / 0)
-    assert outcome(chapter.search(storage, 5, fake)) == first
-
-
 def test_a_trial_that_lies_behind_is_stopped_at_a_look(monkeypatch: pytest.MonkeyPatch):
     steps_run = []
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 from chapter_code import BOOK, chapter_code
-from peft import PeftModel, get_peft_model
-from rlora_helpers import perturb, unchanged
+from peft import PeftModel
+from rlora_helpers import unchanged
 from transformers import GenerationConfig
 
-from rlora_lab.chapters.ch16_shipping import fingerprint, generate, load_release, write_release
+from rlora_lab.chapters.ch16_shipping import fingerprint, generate, load_release
 from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
 from rlora_lab.serving import releases as files
 from rlora_lab.tasks.characters import Characters
-from rlora_min import RLoraConfig, record_routing
+from rlora_min import record_routing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
@@ -38,19 +38,6 @@ def frozen_base():
 @pytest.fixture(scope="module")
 def own() -> str:
     return fingerprint(frozen_base())
-
-
-@pytest.fixture(scope="module")
-def releases(chapter, own, tmp_path_factory) -> Path:
-    """Two sealed adapters, all of whose numbers were moved."""
-    folder = tmp_path_factory.mktemp("releases")
-    prompts = [asked for task in chapter.TASKS for asked, _ in chapter.questions(task, 2)]
-    for name, seed in {"v1": 1, "v2": 2}.items():
-        config = RLoraConfig(init_seed=seed, target_modules=chapter.TARGETS)
-        model = perturb(get_peft_model(frozen_base(), config).eval(), seed=seed)
-        model.save_pretrained(folder / name)
-        write_release(folder / name, own, model, chapter.tokenizer, prompts, most=6)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +190,10 @@ def test_the_rule(chapter):
 # Drift
 
 
-def test_the_routing_read_for_drift_is_that_of_record_routing_whatever_the_padding(chapter, model):
-    ids = [chapter.tokenizer.encode("Ocgbcce="[-length:]) for length in range(2, 9)]
+def test_the_routing_read_for_drift_is_that_of_record_routing_whatever_the_padding(
+    chapter, model, prompts
+):
+    ids = [chapter.tokenizer.encode(prompt) for prompt in prompts[:7]]
     batched = chapter.routing_of(model, ids, "v1")
     with record_routing(model, "v1") as log, torch.no_grad():
         for i, one in enumerate(ids):

@@ -1,7 +1,7 @@
 """Chapter 16b and `python -m rlora_lab serve`: what a client meets, over HTTP.
 
 One server for all, started by the command as anybody would start it, with the settings of the
-first fixture. It is killed in part once, and at last it is stopped while it has work.
+first fixture. At last it is stopped while it has work.
 """
 
 import http.client
@@ -11,31 +11,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
-from peft import get_peft_model
-from rlora_helpers import perturb
 
 from rlora_lab.__main__ import main
-from rlora_lab.chapters.ch16_shipping import (
-    fingerprint,
-    generate,
-    load_release,
-    routing_of,
-    write_release,
-)
-from rlora_lab.chapters.ch16b_serving import choose, place
-from rlora_lab.errors import LabError
+from rlora_lab.chapters.ch16_shipping import fingerprint, generate, load_release
+from rlora_lab.chapters.ch16b_serving import choose
 from rlora_lab.models.bases import load_base
 from rlora_lab.serving import openai
 from rlora_lab.serving import releases as files
@@ -43,30 +34,13 @@ from rlora_lab.serving.measure import forms, measure
 from rlora_lab.serving.serve import CONFIG, read_config
 from rlora_lab.tasks.characters import Characters
 from rlora_lab.tasks.strings import VOCABULARY
-from rlora_min import RLoraConfig
 
 pytest.importorskip("ray", reason='the server needs the extra "serve"')
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
 TOKENIZER = Characters()
-PROMPTS = ["Ocgbcce="[-2 - i % 7 :] for i in range(30)]  # of two to eight characters
 COMMAND = [sys.executable, "-m", "rlora_lab", "serve"]
-
-
-@pytest.fixture(scope="module")
-def releases(tmp_path_factory) -> Path:
-    """Two sealed adapters, all of whose numbers were moved, and v1 in service."""
-    folder = tmp_path_factory.mktemp("releases")
-    for name, seed in {"v1": 1, "v2": 2}.items():
-        base = load_base("tiny")
-        own = fingerprint(base.model)
-        config = RLoraConfig(init_seed=seed, target_modules=base.targets)
-        model = perturb(get_peft_model(base.model.requires_grad_(False), config).eval(), seed=seed)
-        model.save_pretrained(folder / name)
-        ids = [TOKENIZER.encode(prompt) for prompt in PROMPTS]
-        routing = routing_of(model, ids, "default").mean(0)
-        write_release(folder / name, own, model, TOKENIZER, PROMPTS[:6], 6, routing)
-    return folder
+MOVED = "ray_rlora_routing_distance{"
 
 
 @pytest.fixture(scope="module")
@@ -142,21 +116,14 @@ def ask(port: int, prompt: str, **more) -> tuple[int, dict]:
     return status, json.loads(content)
 
 
-def ask_all(port: int, prompts: list[str], **more) -> list[tuple[int, dict]]:
+def ask_all(port: int, asked: list[dict]) -> list[tuple[int, dict]]:
     """All at once."""
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda prompt: ask(port, prompt, **more), prompts))
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(lambda one: ask(port, **one), asked))
 
 
 def text(answer: dict) -> str:
     return answer["choices"][0]["text"]
-
-
-def metric(server, name: str, label: str = "") -> float:
-    """What the engine counted; it tells its numbers every few seconds."""
-    _, content = call(server.metrics, "/metrics")
-    lines = [line for line in content.splitlines() if line.startswith(f"ray_{name}{{")]
-    return sum(float(line.split()[-1]) for line in lines if label in line)
 
 
 # Answers
@@ -165,40 +132,23 @@ def metric(server, name: str, label: str = "") -> float:
 def test_it_says_what_it_checked_and_where_it_listens(server, port):
     assert "v1: checked and loaded" in server.shown and "v2: checked and loaded" in server.shown
     status, content = call(port, "/v1/models")
-    assert (status, [one["id"] for one in json.loads(content)["data"]]) == (
-        200,
-        ["current", "v1", "v2"],
-    )
+    assert status == 200
+    assert [one["id"] for one in json.loads(content)["data"]] == ["current", "v1", "v2"]
 
 
-def test_thirty_at_once_are_batched_and_answered_as_one_by_one(server, port, said):
-    before = metric(server, "serve_batches_processed_total")
-    assert before == 0  # nobody has asked for anything yet
-    answers = ask_all(port, PROMPTS)
-    assert {status for status, _ in answers} == {200}
-    assert [text(answer) for _, answer in answers] == [said("v1", prompt) for prompt in PROMPTS]
-    assert {answer["model"] for _, answer in answers} == {"v1"}
+def test_adapters_and_lengths_mixed_in_one_rush_are_kept_apart(port, prompts, said):
+    asked = [
+        {"prompt": prompt, "model": f"v{1 + i % 2}", "max_tokens": 1 + i % 6}
+        for i, prompt in enumerate(prompts)
+    ]
+    answers = ask_all(port, asked)
+    for one, (status, answer) in zip(asked, answers, strict=True):
+        assert (status, answer["model"]) == (200, one["model"])
+        assert text(answer) == said(one["model"], one["prompt"], one["max_tokens"])
+        read, wrote = len(one["prompt"]), one["max_tokens"]
+        assert list(answer["usage"].values()) == [read, wrote, read + wrote]
     assert len({answer["id"] for _, answer in answers}) == 30
-    counter, stable = "serve_deployment_request_counter_total", 'deployment="stable"'
-    until(lambda: metric(server, counter, stable) >= 30)
-    assert 1 <= metric(server, "serve_batches_processed_total") <= 20
-
-
-def test_adapters_and_lengths_mixed_in_one_rush_are_kept_apart(port, said):
-    asked = [(prompt, f"v{1 + i % 2}", 1 + i % 6) for i, prompt in enumerate(PROMPTS)]
-    with ThreadPoolExecutor(30) as pool:
-        answers = list(
-            pool.map(lambda one: ask(port, one[0], model=one[1], max_tokens=one[2]), asked)
-        )
-    for (prompt, adapter, most), (status, answer) in zip(asked, answers, strict=True):
-        assert (status, answer["model"]) == (200, adapter)
-        assert text(answer) == said(adapter, prompt, most)
-        assert answer["usage"] == {
-            "prompt_tokens": len(prompt),
-            "completion_tokens": most,
-            "total_tokens": len(prompt) + most,
-        }
-    assert [said("v1", prompt) for prompt in PROMPTS] != [said("v2", prompt) for prompt in PROMPTS]
+    assert [said("v1", prompt) for prompt in prompts] != [said("v2", prompt) for prompt in prompts]
 
 
 def test_what_openai_s_clients_send_is_taken(port, said):
@@ -223,13 +173,10 @@ def test_what_openai_s_clients_send_is_taken(port, said):
 REFUSED = {
     "not JSON": (b"{'prompt'", 400, "not JSON"),
     "no object": (b"[]", 400, "object"),
-    "nothing": (b"", 400, "not JSON"),
     "not UTF-8": (b'{"prompt": "\xff"}', 400, ""),
     "no prompt": ({"max_tokens": 3}, 400, "prompt"),
     "an empty prompt": ({"prompt": ""}, 400, "prompt"),
-    "a number": ({"prompt": 7}, 400, "string"),
     "no tokens": ({"prompt": "Dab=", "max_tokens": 0}, 400, "max_tokens"),
-    "half a token": ({"prompt": "Dab=", "max_tokens": 1.5}, 400, "max_tokens"),
     "not greedy": ({"prompt": "Dab=", "temperature": 0.7}, 400, "temperature.*greedy.*0"),
     "several answers": ({"prompt": "Dab=", "n": 2}, 400, "n: .*1"),
     "a field not known": ({"prompt": "Dab=", "logit_bias": {}}, 400, "logit_bias"),
@@ -256,9 +203,9 @@ def test_malformed_and_too_long_requests_get_a_status_and_a_reason(port):
     assert ask(port, "Dab=")[0] == 200
 
 
-def test_too_many_at_once_get_503_and_the_others_their_answer(port, said):
-    prompts = PROMPTS * 10
-    answers = ask_all(port, prompts, max_tokens=32)
+def test_too_many_at_once_get_503_and_the_others_their_answer(port, prompts, said):
+    prompts = prompts * 10
+    answers = ask_all(port, [{"prompt": prompt, "max_tokens": 32} for prompt in prompts])
     codes = Counter(status for status, _ in answers)
     assert set(codes) == {200, 503} and codes[200] >= 64
     for prompt, (status, answer) in zip(prompts, answers, strict=True):
@@ -272,36 +219,29 @@ def test_too_many_at_once_get_503_and_the_others_their_answer(port, said):
 
 
 def test_a_share_is_about_a_share_sticks_and_only_grows():
-    ids = [f"user {i}" for i in range(10_000)]
-    before: set[str] = set()
+    before: set[int] = set()
     for share in (0.0, 0.05, 0.25, 1.0):
         current = {"stable": "v1", "candidate": "v2", "share": share}
-        chosen = {i for i in ids if choose(i, current) == "v2"}
-        assert chosen >= before and abs(len(chosen) / len(ids) - share) < 0.02
+        chosen = {i for i in range(10_000) if choose(f"user {i}", current) == "v2"}
+        assert chosen >= before and abs(len(chosen) / 10_000 - share) < 0.02
         before = chosen
-    both = [i for i in ids if place(i, "v2") < 0.1 and place(i, "v3") < 0.1]
-    assert 50 < len(both) < 200
     assert choose("x", {"stable": "v1", "candidate": None, "share": 1.0}) == "v1"
 
 
-def test_rolled_out_and_back_under_load_no_request_fails(port, releases, said):
+def test_rolled_out_and_back_under_load_no_request_fails(port, prompts, releases, said):
     flowing = []
     with ThreadPoolExecutor(8) as pool:
         for stable, candidate, share in (("v1", "v2", 0.5), ("v2", None, 0.0), ("v1", None, 0.0)):
             files.write_current(releases, stable, candidate, share)
-            flowing += [
-                pool.submit(ask, port, prompt, user=f"{i}") for i, prompt in enumerate(PROMPTS)
-            ]
-            for one in flowing[:-8]:
-                one.result(timeout=300)
-        answers = [one.result() for one in flowing]
-    assert ask(port, "Dab=")[1]["model"] == "v1"
-    assert {status for status, _ in answers} == {200}
-    assert {answer["model"] for _, answer in answers} == {"v1", "v2"}
+            for i, prompt in enumerate(prompts):
+                flowing.append(pool.submit(ask, port, prompt, user=f"{i}"))
+            wait(flowing[:-8], timeout=300)
+    answers = [one.result()[1] for one in flowing]
+    assert answers[-1]["model"] == "v1"
     current = {"stable": "v1", "candidate": "v2", "share": 0.5}
-    for i, (_, answer) in enumerate(answers[:22]):  # the last eight may have met the next stage
+    for i, answer in enumerate(answers[:22]):  # the last eight may have met the next stage
         assert answer["model"] == choose(f"{i}", current)
-    for prompt, (_, answer) in zip(PROMPTS * 3, answers, strict=True):
+    for prompt, answer in zip(prompts * 3, answers, strict=True):
         assert text(answer) == said(answer["model"], prompt)
 
 
@@ -319,45 +259,20 @@ BAD = {
 def test_a_bad_pointer_is_passed_over_and_told(port, releases):
     files.write_current(releases, "v2")
     assert ask(port, "Dab=")[1]["model"] == "v2"
-    pointer = releases / files.CURRENT
     for case, content in BAD.items():
-        if content is None:
-            pointer.unlink()
-        else:
-            pointer.write_text(content)
+        (releases / files.CURRENT).unlink(missing_ok=True)
+        if content is not None:
+            (releases / files.CURRENT).write_text(content)
         status, answer = ask(port, "Dab=")
         assert (status, answer["model"]) == (200, "v2"), case
         status, health = call(port, "/health")
-        assert status == 200 and json.loads(health)["status"] == "degraded", case
-        assert "current" in json.loads(health)["fault"]
-        with pytest.raises(LabError, match="current"):
-            files.read_current(releases, ["v1", "v2"])
+        health = json.loads(health)
+        assert (status, health["status"]) == (200, "degraded") and "current" in health["fault"], (
+            case
+        )
     files.write_current(releases, "v1")
     assert ask(port, "Dab=")[1]["model"] == "v1"
     assert json.loads(call(port, "/health")[1])["fault"] is None
-
-
-def test_a_reader_never_sees_half_a_pointer(tmp_path):
-    stop = threading.Event()
-    files.write_current(tmp_path, "v1")
-
-    def write():
-        for i in range(10**6):
-            if stop.is_set():
-                return
-            files.write_current(tmp_path, f"v{1 + i % 2}", share=0.5)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        seen = Counter()
-        end = time.monotonic() + 30  # on a busy machine the writer comes late
-        while seen.total() < 2000 or (len(seen) < 2 and time.monotonic() < end):
-            seen[files.read_current(tmp_path, ["v1", "v2"])["stable"]] += 1
-    finally:
-        stop.set()
-        writer.join()
-    assert set(seen) == {"v1", "v2"}
 
 
 def test_releases_that_come_later_are_served_and_bad_ones_refused(port, releases, said):
@@ -382,76 +297,37 @@ def test_releases_that_come_later_are_served_and_bad_ones_refused(port, releases
 # What the engine does
 
 
-def test_the_engine_tells_its_numbers_and_how_far_the_routing_moved(server, port):
-    """PROMPTS are the calibration; all the same prompt is not."""
+def test_the_engine_tells_its_numbers_and_how_far_the_routing_moved(server, port, prompts):
+    """The thirty prompts are the calibration; all the same prompt is not."""
 
     def moved() -> float:
-        return metric(server, "rlora_routing_distance", 'adapter="v1"')
+        _, content = call(server.metrics, "/metrics")  # of a few seconds ago
+        found = [line for line in content.splitlines() if line.startswith(MOVED)]
+        return sum(float(line.split()[-1]) for line in found if 'adapter="v1"' in line)
 
-    def ask_each(prompts: list[str]) -> None:
-        for start in range(0, len(prompts), 30):
-            assert {status for status, _ in ask_all(port, prompts[start : start + 30])} == {200}
-
-    ask_each(PROMPTS * 4)
-    until(lambda: 0 < moved() < 0.02)
-    ask_each(["hh"] * 110)
-    until(lambda: moved() > 0.05)
-    content = call(server.metrics, "/metrics")[1]
-    for name in (
-        "deployment_request_counter",
-        "deployment_processing_latency",
-        "num_http_requests",
-    ):
-        assert f"ray_serve_{name}" in content
+    for asked, expected in ((prompts, (0, 0.02)), (["hh"] * 30, (0.05, 1))):
+        for _ in range(4):
+            ask_all(port, [{"prompt": prompt} for prompt in asked])
+        until(lambda between=expected: between[0] < moved() < between[1])
+    assert "ray_serve_deployment_processing_latency" in call(server.metrics, "/metrics")[1]
 
 
-def replica(server) -> psutil.Process | None:
-    """The process that has the stable adapters."""
-    for process in psutil.Process(server.process.pid).children(recursive=True):
-        try:
-            if process.cmdline()[0].startswith("ray::ServeReplica:rlora:stable"):
-                return process
-        except (psutil.NoSuchProcess, IndexError):
-            continue
-    return None
-
-
-def test_a_replica_that_is_killed_comes_back_and_no_request_is_lost(server, port, said):
-    prompts = PROMPTS * 3
-    old = replica(server)
+def test_it_answers_what_it_has_and_ends_within_seconds(server, port, prompts, said):
+    """The last one of this server: what is running is answered, what comes later is refused."""
+    started = psutil.Process(server.process.pid).children(recursive=True)
+    commands = " ".join(" ".join(process.cmdline()) for process in started)
+    temporary = Path(re.search(r"--temp-dir=(\S*/rlora-\S+)", commands)[1])
     with ThreadPoolExecutor(30) as pool:
         flowing = [pool.submit(ask, port, prompt, max_tokens=32) for prompt in prompts]
-        until(lambda: any(one.done() for one in flowing))
-        old.kill()
-        answers = [one.result() for one in flowing]
-    assert {status for status, _ in answers} == {200}
-    assert [text(answer) for _, answer in answers] == [said("v1", p, 32) for p in prompts]
-    until(lambda: replica(server) is not None)
-    assert replica(server).pid != old.pid
-
-
-def test_it_answers_what_it_has_and_ends_within_seconds(server, port, said):
-    """The last one of this server: what is running is answered, what comes later is refused."""
-    temporary = re.search(
-        r"--temp-dir=(\S*/rlora-\S+)",
-        " ".join(
-            " ".join(p.cmdline())
-            for p in psutil.Process(server.process.pid).children(recursive=True)
-        ),
-    )
-    with ThreadPoolExecutor(30) as pool:
-        flowing = [pool.submit(ask, port, prompt, max_tokens=32) for prompt in PROMPTS]
-        until(lambda: any(one.done() for one in flowing))
+        wait(flowing, return_when=FIRST_COMPLETED)
         server.process.send_signal(signal.SIGTERM)
-        answers = [one.result() for one in flowing]
-    assert [text(answer) for _, answer in answers] == [said("v1", p, 32) for p in PROMPTS]
-    start = time.monotonic()
-    shown, _ = server.process.communicate(timeout=300)
-    assert time.monotonic() - start < 30
+    answers = [one.result() for one in flowing]
+    assert [text(answer) for _, answer in answers] == [said("v1", p, 32) for p in prompts]
+    shown, _ = server.process.communicate(timeout=30)
     assert server.process.returncode == 0 and "Traceback" not in shown, shown
     with pytest.raises(OSError):
         call(port, "/health")
-    assert temporary and not Path(temporary[1]).exists()
+    assert not temporary.exists()
 
 
 # What is refused before anything is started, and the file for a cluster
@@ -477,7 +353,7 @@ def test_a_batch_ends_with_its_time_and_the_base_has_the_dtype_that_was_asked_fo
     own = {"folder": str(releases), "threads": 1}
     replica = Adapters.func_or_class(Settings(**own, dtype="float32", max_time=1e-6))
     replica._load("v1")
-    ids = TOKENIZER.encode(PROMPTS[0])
+    ids = TOKENIZER.encode("Ocgbcce=")
     (answer,) = replica._answer_all("v1", [(ids, 32, [])])
     assert (answer["completion_tokens"], answer["finish_reason"]) == (1, "length")
     assert next(replica.model.parameters()).dtype == torch.float32
@@ -523,12 +399,10 @@ def test_the_measurement_keeps_rounds_and_the_ratios_within_them(tmp_path):
     rows = {row["what"]: row for row in record["records"]}
     assert list(rows)[:5] == ["base", "routed", "LoRA", "export", "merged export"]
     assert len(rows) == 7 and record["threads"] == 1 and record["base"] == "tiny"
-    base = rows["base"]["seconds"]
     for name, row in rows.items():
         assert len(row["seconds"]) == 3 and 0 < row["low"] <= row["ratio"] <= row["high"], name
-    ratios = [a / b for a, b in zip(rows["routed"]["seconds"], base, strict=True)]
-    assert rows["routed"]["ratio"] == pytest.approx(sorted(ratios)[1])
-    assert rows["base"]["ratio"] == 1
+    ratios = np.divide(rows["routed"]["seconds"], rows["base"]["seconds"])
+    assert rows["routed"]["ratio"] == pytest.approx(np.median(ratios))
 
 
 @torch.no_grad()
@@ -539,9 +413,12 @@ def test_what_is_measured_is_what_it_is_called():
     torch.testing.assert_close(logits["merged export"], logits["export"], atol=1e-4, rtol=1e-4)
     for name in ("routed", "LoRA", "export"):
         assert (logits[name] - logits["base"]).abs().max() > 1e-2, name
-    sizes = {}
-    for name in ("routed", "LoRA"):
-        adapters = [p.numel() for n, p in models[name].named_parameters() if "lora_" in n]
-        sizes[name] = sum(adapters)
-    side = sum(p.numel() for n, p in models["routed"].named_parameters() if re.search("_[AB]0", n))
-    assert sizes["LoRA"] == pytest.approx(sizes["routed"] - side, rel=0.1)
+    sizes = {
+        name: sum(
+            p.numel()
+            for part, p in models[name].named_parameters()
+            if "lora_" in part and not re.search("_[AB]0", part)  # trained, so not the side pair
+        )
+        for name in ("routed", "LoRA")
+    }
+    assert sizes["LoRA"] == pytest.approx(sizes["routed"], rel=0.1)
