@@ -91,7 +91,8 @@ def launched(request, written) -> Path:
 def files(launched, monkeypatch) -> dict:
     """What the chapter's files define, imported here: one process, which has the whole batch."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return runpy.run_path(launched / "common.py") | runpy.run_path(launched / "train.py")
+    common, train = (runpy.run_path(str(launched / name)) for name in ("common.py", "train.py"))
+    return common | train
 
 
 def trained_in(adapter: dict) -> list[str]:
