@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,14 +33,29 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def printed_by(path: Path, timeout: int = 600, **environment: str) -> str:
-    """What a chapter prints, run whole in a kernel of its own."""
-    notebook = read(path)
-    resources = {"metadata": {"path": str(BOOK)}}
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=resources)
-    client.execute(env=os.environ | environment)
-    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+def run(
+    notebook: nbformat.NotebookNode,
+    folder: Path = BOOK,
+    kernel: str = "python3",
+    **environment: str,
+) -> None:
+    """Runs a notebook whole, in a kernel of its own; it then holds its outputs."""
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, timeout=600, kernel_name=kernel, resources=resources)
+    client.execute(env=os.environ | execute.QUIET | environment)
+
+
+def said_by(*cells: nbformat.NotebookNode) -> str:
+    """What the outputs of cells print."""
+    outputs = [out for cell in cells for out in cell.get("outputs", [])]
     return "".join(out.get("text", "") for out in outputs)
+
+
+def printed_by(path: Path, **environment: str) -> str:
+    """What a chapter prints when it is run."""
+    notebook = read(path)
+    run(notebook, **environment)
+    return said_by(*notebook.cells)
 
 
 def chapter_sources(notebook: str, solutions: bool = False) -> list[str]:
@@ -48,38 +64,22 @@ def chapter_sources(notebook: str, solutions: bool = False) -> list[str]:
     return [source for source in code if solutions or not source.startswith("# @title Solution")]
 
 
-def _run(notebook: str, sources: list[str], names: tuple[str, ...], given: dict) -> SimpleNamespace:
-    space = SimpleNamespace(**given)
-    vars(space)["__name__"] = notebook
-    for number, source in enumerate(sources):
-        body = [node for node in execute.parse_cell(source).body if _wanted(node, names)]
-        exec(compile(ast.Module(body, []), f"{notebook}, cell {number}", "exec"), vars(space))
-    return space
-
-
 def chapter_code(notebook: str, *names: str, **given) -> SimpleNamespace:
     """The functions, classes and constants of a chapter, of which nothing else was run.
 
-    `names` are further variables to set as the chapter does, `given` are set before.
+    Without what it imports from files of its own, and without constants of what a run made. `names`
+    are further variables to set as the chapter does, `given` are set before.
     """
-    return _run(notebook, chapter_sources(notebook), names, given)
-
-
-def cell_code(notebook: str, name: str) -> SimpleNamespace:
-    """The same of the chapter's imports, but for those of modules that it writes itself, and of
-    the cell that defines `name` alone."""
+    space = SimpleNamespace(**given, __name__=notebook)
     sources = chapter_sources(notebook)
     written = re.findall(r"%%writefile (?:-a )?(\w+)\.py", "\n".join(sources))
-    nodes = [node for source in sources for node in execute.parse_cell(source).body]
-    imports = [
-        ast.unparse(node)
-        for node in nodes
-        if isinstance(node, ast.Import)
-        or (isinstance(node, ast.ImportFrom) and node.module not in written)
-    ]
-    defines = re.compile(rf"^(def|class) {name}\(|^{name} = ", re.M)
-    holder = next(source for source in sources[1:] if defines.search(source))
-    return _run(notebook, ["\n".join(imports), holder], (), {})
+    for number, source in enumerate(sources):
+        for node in execute.parse_cell(source).body:
+            if _wanted(node, names) and getattr(node, "module", None) not in written:
+                code = compile(ast.Module([node], []), f"{notebook}, cell {number}", "exec")
+                with suppress(NameError):
+                    exec(code, vars(space))
+    return space
 
 
 def write_files(notebook: str, folder: Path) -> None:
@@ -89,12 +89,3 @@ def write_files(notebook: str, folder: Path) -> None:
         if found:
             with (folder / found[2]).open("a" if found[1] else "w") as file:
                 file.write(source[found.end() :] + "\n")
-
-
-def chapter_values(notebook: str, name: str) -> dict:
-    """A dictionary that one cell makes and others fill."""
-    found = vars(cell_code(notebook, name))[name]
-    for source in chapter_sources(notebook):
-        if source.startswith(f'{name}["'):
-            exec(source, {name: found})
-    return found

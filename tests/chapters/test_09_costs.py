@@ -1,21 +1,16 @@
 """Chapter 09 with a GPU's record and without: what it says, and the page that is built of it."""
 
-import base64
-import contextlib
-import io
 import json
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
-from chapter_code import BOOK, read
+from chapter_code import BOOK, read, run, said_by
 
-from rlora_lab.report import loading
 from rlora_lab.speed.bars import verdicts
 from rlora_lab.speed.cases import Case, cases
 from rlora_lab.speed.page import NONE_YET
@@ -25,6 +20,12 @@ RECORD = BOOK / "rlora_lab" / "records" / "speed-cuda.json"
 MADE_UP = "MADE UP FOR A TEST"
 SPEED = {"base": 1.0, "lora": 1.5, "rlora": 1.4, "exported": 1.4, "published-rlora": 3.0}
 KERNELS = [["nvjet_gemm", 400, 0.03], ["elementwise_kernel", 900, 0.01]]
+# Records are read from there.
+ELSEWHERE = """
+from pathlib import Path
+from rlora_lab.report import loading
+loading.LAB = Path("{}")
+"""
 
 
 def made_up_record(case: Case, method: str, rng: np.random.Generator) -> dict:
@@ -78,34 +79,15 @@ def gpu_cell(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return cell
 
 
-def said_by(cell: nbformat.NotebookNode) -> str:
-    return "".join(out.get("text", "") for out in cell.outputs)
-
-
-def run_gpu_cell(cell: nbformat.NotebookNode) -> None:
-    """Run it here, and keep what it prints and draws as a notebook does."""
-    plt.close("all")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(cell.source, {})
-    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=printed.getvalue())]
-    for number in plt.get_fignums():
-        picture = io.BytesIO()
-        plt.figure(number).savefig(picture, format="png")
-        data = {"image/png": base64.b64encode(picture.getvalue()).decode()}
-        cell.outputs.append(nbformat.v4.new_output("display_data", data=data))
-    plt.close("all")
-
-
 @pytest.mark.parametrize("there", [True, False])
-def test_the_page_in_both_states(there, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_page_in_both_states(there, tmp_path: Path):
     (tmp_path / "records").mkdir()
     if there:
         (tmp_path / "records" / "speed-cuda.json").write_text(json.dumps(made_up()))
-    monkeypatch.setattr(loading, "LAB", tmp_path)
     nb = read(BOOK / f"{NAME}.ipynb")
     cell = gpu_cell(nb)
-    run_gpu_cell(cell)
+    elsewhere = nbformat.v4.new_code_cell(ELSEWHERE.format(tmp_path))
+    run(nbformat.v4.new_notebook(cells=[elsewhere, cell]))
     said = said_by(cell)
     assert (NONE_YET in said) != there
     for words in (MADE_UP, "32 heads", "as CUDA graphs", "nf4", "8 tokens generated", "claimed"):
@@ -117,8 +99,8 @@ def test_the_page_in_both_states(there, tmp_path: Path, monkeypatch: pytest.Monk
     (source / "_toc.yml").write_text(f"format: jb-book\nroot: {NAME}\n")
     nbformat.write(nb, source / f"{NAME}.ipynb")
     command = [Path(sys.executable).parent / "jupyter-book", "build", source]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
     page = (source / "_build" / "html" / f"{NAME}.html").read_text()
     first, rest = page.split("<h2>Motivation")
     first = first[first.index("<h2>What a GPU says") :]

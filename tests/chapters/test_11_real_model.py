@@ -1,200 +1,111 @@
-"""Chapter 11: it runs on SmolLM2 and on the tiny base, its record is whole, and the hub's sets that
-do not fit are refused."""
-
-import re
-from pathlib import Path
+"""Chapter 11: its record is whole, and the hub's sets that do not fit are refused."""
 
 import pytest
-from chapter_code import BOOK, printed_by, read
 from datasets import Dataset
-from lab_helpers import needs_language, needs_smollm2, stand_in, write_rows
+from lab_helpers import write_rows
 
 from rlora_lab.errors import LabError
-from rlora_lab.models.bases import smollm2_folder
 from rlora_lab.report.loading import load_result
 from rlora_lab.tasks import questions
 from rlora_lab.tasks.files import read_files
 from rlora_lab.tasks.questions import SOURCES, check, load_split, to_text, write_questions
 
-CHAPTER = BOOK / "11_real_model.ipynb"
-
-# A made-up row of each data set, with the columns of its card.
 CHOICES = {"text": ["a fork", "a spoon", "a cup", "a pan"], "label": list("ABCD")}
-NUMBERED = {"text": ["a fork", "a spoon", "a cup", "a pan"], "label": list("1234")}
+NUMBERED = CHOICES | {"label": list("1234")}
+ENDINGS = ["eats it.", "flies.", "sings.", "sleeps."]
+SHELF = "The cup fell off the shelf because the _ was slippery."
+OBQA = {"id": "1", "question_stem": "You eat soup with", "choices": CHOICES, "answerKey": "B"}
+# A made-up row of each set, with the columns of its card that matter, and the letter of its answer.
 ROWS = {
-    "boolq": {"question": "is it wet", "answer": True, "passage": "It rains."},
-    "piqa": {"goal": "Dry a plate.", "sol1": "With a towel.", "sol2": "With soap.", "label": 0},
-    "siqa": {
-        "context": "Ann fell.",
-        "question": "How is Ann?",
-        "answerA": "glad",
-        "answerB": "hurt",
-        "answerC": "rich",
-        "label": "2",
-    },
-    "hellaswag": {
-        "ind": 4,
-        "activity_label": "Cooking",
-        "ctx_a": "A man cuts bread.",
-        "ctx_b": "he",
-        "ctx": "A man cuts bread. he",
-        "endings": ["eats it.", "flies.", "sings.", "sleeps."],
-        "source_id": "x",
-        "split": "train",
-        "split_type": "indomain",
-        "label": "0",
-    },
-    "winogrande": {
-        "sentence": "The cup fell off the shelf because the _ was slippery.",
-        "option1": "cup",
-        "option2": "shelf",
-        "answer": "2",
-    },
-    "obqa": {"id": "1", "question_stem": "You eat soup with", "choices": CHOICES, "answerKey": "B"},
-    "arc-easy": {"id": "1", "question": "What boils soup?", "choices": CHOICES, "answerKey": "D"},
-    "arc-challenge": {"id": "1", "question": "Which?", "choices": NUMBERED, "answerKey": "3"},
+    "boolq": ({"question": "is it wet", "answer": True, "passage": "It rains."}, "B"),
+    "piqa": ({"goal": "Dry a plate.", "sol1": "With cloth.", "sol2": "In sun.", "label": 0}, "A"),
+    "siqa": (
+        {"context": "Ann fell.", "question": "How is Ann?", "label": "2"}
+        | {"answerA": "glad", "answerB": "hurt", "answerC": "rich"},
+        "B",
+    ),
+    "hellaswag": ({"ctx": "A man cuts bread. he", "endings": ENDINGS, "label": "0"}, "A"),
+    "winogrande": ({"sentence": SHELF, "option1": "cup", "option2": "shelf", "answer": "2"}, "B"),
+    "obqa": (OBQA, "B"),
+    "arc-easy": ({"question": "What boils soup?", "choices": CHOICES, "answerKey": "D"}, "D"),
+    "arc-challenge": ({"question": "Which?", "choices": NUMBERED, "answerKey": "3"}, "C"),
 }
-ANSWERS = {
-    "boolq": "B",
-    "piqa": "A",
-    "siqa": "B",
-    "hellaswag": "A",
-    "winogrande": "B",
-    "obqa": "B",
-    "arc-easy": "D",
-    "arc-challenge": "C",
-}
-HIDDEN = {"piqa": {"label": -1}, "hellaswag": {"label": ""}, "winogrande": {"answer": ""}}
-
-
-def easy_rows(folder: Path) -> None:
-    """The chapter's two tasks with one answer each."""
-    for task, word in (("past_tense", "Today"), ("units", "Yesterday")):
-        for first, split in enumerate(("train", "validation", "test")):
-            options = ["yes", "no", "Today"] if task == "units" else None
-            rows = [
-                {"prompt": f"{word} {100 * first + n}", "answer": "yes", "options": options}
-                for n in range(30)
-            ]
-            write_rows(folder / task / f"{split}.jsonl", rows)
-
-
-@pytest.mark.parametrize("scale", [1.0, 40.0])
-def test_it_runs_on_a_language_model(scale: float, tmp_path: Path):
-    """With logits that make a loss of about 20 too, where roundings are larger than 1e-5."""
-    stand_in(tmp_path / "cache" / smollm2_folder().name, scale)
-    easy_rows(tmp_path / "language")
-    printed = printed_by(
-        CHAPTER,
-        RLORA_CACHE=str(tmp_path / "cache"),
-        RLORA_LANGUAGE=str(tmp_path / "language"),
-        HF_HUB_OFFLINE="1",
-    )
-    assert "What stands below was made with smollm2." in printed
-    assert re.search(r"^units +20 +33%", printed, re.M)
-    assert "off from the mean over answers" in printed
-
-
-@needs_smollm2
-@needs_language
-def test_it_runs_on_smollm2():
-    assert "What stands below was made with smollm2." in printed_by(CHAPTER)
-
-
-def test_it_runs_on_the_tiny_base(tmp_path: Path):
-    printed = printed_by(CHAPTER, RLORA_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert "What stands below was made with tiny." in printed
-    assert re.search(r"^largest +100 +12%", printed, re.M)
-
-
-def test_the_page_shows_what_every_machine_can_make():
-    outputs = [out for cell in read(CHAPTER).cells for out in cell.get("outputs", [])]
-    assert "made with tiny" in "".join(out.get("text", "") for out in outputs)
+SIZES = {"train": 18, "validation": 2, "test": 8}  # of 20 and 8 rows
 
 
 def test_the_record_is_of_smollm2_and_whole():
     found = load_result("practice-smollm2", say=False)
     assert found["base"] == "smollm2" and "--base smollm2 --data language" in found["command"]
     assert len(found["tasks"]) == 8 and found["settings"]["steps"] >= 200
-    for own in found["tasks"].values():
-        assert own["rows"]["test"] >= 60 and 0 <= own["chance"] < 1
-        for when in ("before", "after", "exported"):
-            assert 0 <= own[when]["exact"] <= 1
+    assert min(own["rows"]["test"] for own in found["tasks"].values()) >= 60
     assert found["reloaded_off"] < 0.1 and found["exported_off"]["relative"] > 0
 
 
-def test_every_set_has_a_row_here():
-    assert ROWS.keys() == SOURCES.keys() == ANSWERS.keys()
-
-
-@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.parametrize("task", SOURCES)
 def test_a_row_in_the_hubs_format_becomes_a_prompt_and_a_letter(task, tmp_path):
-    write_rows(tmp_path / task / "train.jsonl", [ROWS[task]])
+    asked, answer = ROWS[task]
+    write_rows(tmp_path / task / "train.jsonl", [asked])
     (row,) = load_split(task, "train", tmp_path)
     text = to_text(task, row)
-    assert text["answer"] == ANSWERS[task]
+    assert text["answer"] == answer
     letters = [line[0] for line in text["prompt"].splitlines() if line[1:3] == ". "]
     assert letters == text["options"] == list("ABCD"[: len(letters)])
     assert text["prompt"].endswith("\nAnswer:")
-    for value in ROWS[task].values():  # what is asked stands in the prompt
-        if isinstance(value, str) and len(value) > 8 and value != "indomain":
+    for value in asked.values():  # what is asked stands in the prompt
+        if isinstance(value, str) and len(value) > 8:
             assert value in text["prompt"]
 
 
-@pytest.mark.parametrize("task", ROWS)
-def test_a_renamed_column_is_named(task):
-    for column in SOURCES[task].columns:
-        row = dict(ROWS[task])
-        row[f"{column}_new"] = row.pop(column)
-        with pytest.raises(LabError) as error:
-            check(task, Dataset.from_list([row]), "the file")
-        message = str(error.value)
-        assert message.startswith(f"{task}: the file lacks {column};")
-        assert f"{column}_new" in message and SOURCES[task].hub_id in message
-
-
-@pytest.mark.parametrize("task", ROWS)
-def test_a_column_of_another_type_is_named_with_its_row(task):
-    good = [ROWS[task]] * 2
-    check(task, Dataset.from_list(good), "the file")
-    for column in SOURCES[task].columns:
-        rows = Dataset.from_list([*good, ROWS[task] | {column: None}])
-        with pytest.raises(LabError, match=rf"{task}: in row 3 of the file {column} is NoneType"):
+@pytest.mark.parametrize("task", SOURCES)
+def test_a_column_of_another_name_or_type_is_named(task):
+    row, source = ROWS[task][0], SOURCES[task]
+    for column in source.columns:
+        renamed = {key + "_new" * (key == column): value for key, value in row.items()}
+        with pytest.raises(LabError, match=f"^{task}: the file lacks {column};") as error:
+            check(task, Dataset.from_list([renamed]), "the file")
+        assert f"{column}_new" in str(error.value) and source.hub_id in str(error.value)
+        rows = Dataset.from_list([row, row, row | {column: None}])
+        with pytest.raises(LabError, match=f"{task}: in row 3 of the file {column} is NoneType"):
             check(task, rows, "the file")
 
 
-@pytest.mark.parametrize("content", ["", "\n\n"])
-def test_an_empty_or_missing_set_is_named(content, tmp_path):
-    with pytest.raises(LabError, match="siqa: siqa/train.jsonl is missing"):
-        load_split("siqa", "train", tmp_path)
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (None, "is missing"),
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ('{"context": "Ann', "can't be read"),
+    ],
+)
+def test_a_file_without_rows_is_named(content, fault, tmp_path):
     write_rows(tmp_path / "siqa" / "train.jsonl", [])
-    (tmp_path / "siqa" / "train.jsonl").write_text(content)
-    with pytest.raises(LabError, match="siqa: siqa/train.jsonl is empty"):
+    if content is None:
+        (tmp_path / "siqa" / "train.jsonl").unlink()
+    else:
+        (tmp_path / "siqa" / "train.jsonl").write_text(content)
+    with pytest.raises(LabError, match=f"siqa: siqa/train.jsonl {fault}"):
         load_split("siqa", "train", tmp_path)
 
 
-def test_a_file_that_is_no_json_is_named(tmp_path):
-    write_rows(tmp_path / "siqa" / "train.jsonl", [ROWS["siqa"]])
-    (tmp_path / "siqa" / "train.jsonl").write_text('{"context": "Ann')
-    with pytest.raises(LabError, match="siqa: siqa/train.jsonl can't be read"):
-        load_split("siqa", "train", tmp_path)
-
-
-@pytest.mark.parametrize("task", HIDDEN)
-def test_a_hidden_label_is_refused(task):
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        ("piqa", {"label": -1}),  # three hide it
+        ("hellaswag", {"label": ""}),
+        ("winogrande", {"answer": ""}),
+        ("obqa", {"answerKey": "E"}),  # two have no such option
+        ("siqa", {"label": "4"}),
+    ],
+)
+def test_a_row_without_a_right_option_is_refused(task, change):
     with pytest.raises(LabError, match=f"{task}: no usable label in the row"):
-        to_text(task, ROWS[task] | HIDDEN[task])
-
-
-def test_an_answer_that_is_no_option_is_refused():
-    for task, wrong in {"obqa": {"answerKey": "E"}, "siqa": {"label": "4"}}.items():
-        with pytest.raises(LabError, match=f"{task}: no usable label"):
-            to_text(task, ROWS[task] | wrong)
+        to_text(task, ROWS[task][0] | change)
 
 
 def test_more_than_eight_options_have_letters_too():
     choices = {"text": [f"thing {n}" for n in range(11)], "label": list("ABCDEFGHIJK")}
-    row = to_text("obqa", ROWS["obqa"] | {"choices": choices, "answerKey": "K"})
+    row = to_text("obqa", OBQA | {"choices": choices, "answerKey": "K"})
     assert row["answer"] == "K" and row["options"] == list("ABCDEFGHIJK")
     assert "\nK. thing 10\n" in row["prompt"]
 
@@ -223,19 +134,17 @@ def test_without_a_hub_the_error_says_what_to_do():
 
 
 def test_sets_become_files_that_are_read(tmp_path):
-    numbers = {
-        "obqa": [ROWS["obqa"] | {"question_stem": f"You eat soup {n}"} for n in range(40)],
-        "boolq": [ROWS["boolq"] | {"passage": f"It rains {n}."} for n in range(40)],
+    sets = {
+        "obqa": [OBQA | {"question_stem": f"You eat soup {n}"} for n in range(40)],
+        "boolq": [ROWS["boolq"][0] | {"passage": f"It rains {n}."} for n in range(40)],
     }
-    for task, rows in numbers.items():
+    for task, rows in sets.items():
         write_rows(tmp_path / "hub" / task / "train.jsonl", rows[:30])
         write_rows(tmp_path / "hub" / task / "validation.jsonl", rows[30:])
     settings = {"source": tmp_path / "hub", "train_rows": 20, "test_rows": 8}
-    write_questions(tmp_path / "files", list(numbers), **settings)
-    rows, _ = read_files(tmp_path / "files")
-    for task, number in (("obqa", 4), ("boolq", 2)):
-        assert [len(rows[task][split]) for split in ("train", "validation", "test")] == [18, 2, 8]
-        assert len(rows[task]["test"][0]["options"]) == number
-        assert {row["prompt"] for row in rows[task]["test"]} <= {
-            to_text(task, row)["prompt"] for row in numbers[task][30:]
-        }
+    write_questions(tmp_path / "files", list(sets), **settings)
+    found, _ = read_files(tmp_path / "files")
+    for task, rows in sets.items():
+        assert {split: len(own) for split, own in found[task].items()} == SIZES
+        allowed = [to_text(task, row) for row in rows[30:]]  # of the hub's validation split
+        assert all({k: row[k] for k in allowed[0]} in allowed for row in found[task]["test"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -17,7 +18,7 @@ from datasets import Dataset
 from gguf_file import write_gguf
 from lab_helpers import needs_smollm2, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
-from rlora_helpers import perturb
+from rlora_helpers import evaluated, perturb, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 from rlora_lab.chapters.ch11b_tools import RANKS, by_worst, encode_chat, mixture, ready_for
@@ -36,31 +37,6 @@ TURNS = [
 # Chats
 
 
-class Template:
-    """As much of a tokenizer as a chat needs: a token a character, and a template."""
-
-    def __init__(self, write):
-        self.write = write
-
-    def apply_chat_template(self, turns, tokenize, add_generation_prompt=False):
-        assert not tokenize
-        return self.write(turns) + ("<a>" if add_generation_prompt else "")
-
-    def __call__(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return {"input_ids": [ord(c) for c in text]}
-
-
-def test_the_answer_and_its_end_count():
-    row = encode_chat(
-        Template(lambda turns: "".join(f"<{t['role'][0]}>{t['content']}/" for t in turns)), TURNS
-    )
-    text = "<u>Where is a rake?/<a>In the garden./"
-    assert row["input_ids"] == [ord(c) for c in text]
-    counted = "".join(chr(i) for i in row["labels"] if i != -100)
-    assert counted == "In the garden./" and row["labels"][0] == -100
-
-
 @needs_smollm2
 def test_a_real_template():
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
@@ -73,7 +49,7 @@ def test_a_real_template():
 
 
 def test_chats_that_are_refused():
-    changing = Template(lambda turns: f"{len(turns)} turns")
+    changing = SimpleNamespace(apply_chat_template=lambda turns, **how: f"{len(turns)} turns")
     with pytest.raises(ValueError, match="writes an answered prompt otherwise"):
         encode_chat(changing, TURNS)
     with pytest.raises(ValueError, match="the last message is the user's"):
@@ -83,15 +59,11 @@ def test_chats_that_are_refused():
 # Tasks
 
 
-def test_a_mixture_has_the_shares_and_repeats():
+def test_a_mixture_has_ones_own_weights_and_seed():
     pieces = {k: Dataset.from_dict({"task": [k] * n}) for k, n in {"a": 900, "b": 100}.items()}
-    by_size, even = mixture(pieces), mixture(pieces, T=float("inf"))
-    own = mixture(pieces, weights={"b": 3, "a": 1}, seed=1)
-    for found, share in ((by_size, 0.1), (even, 0.5), (own, 0.75)):
-        assert found["task"][:].count("b") / len(found) == pytest.approx(share, abs=0.06)
-        assert found["task"][:].count("a") >= 900  # each is seen whole
-    assert mixture(pieces, seed=1)["task"][:] != by_size["task"][:]
-    assert mixture(pieces)["task"][:] == by_size["task"][:]
+    drawn, other = (mixture(pieces, weights={"b": 3, "a": 1}, seed=s)["task"][:] for s in (0, 1))
+    assert drawn.count("b") / len(drawn) == pytest.approx(0.75, abs=0.06)
+    assert drawn.count("a") >= 900 and drawn != other  # each is seen whole
 
 
 def test_the_worst_task():
@@ -104,31 +76,28 @@ def test_the_worst_task():
 # Files
 
 
-def saved(config, folder: Path) -> Path:
-    perturb(get_peft_model(load_base("tiny").model, config)).save_pretrained(folder)
-    return folder
+def saved(config, folder: Path) -> PeftModel:
+    model = perturb(get_peft_model(load_base("tiny").model, config))
+    model.save_pretrained(folder)
+    return model
 
 
 def test_what_servers_would_say(tmp_path):
     targets = ["up_proj", "down_proj"]
-    model = perturb(
-        get_peft_model(load_base("tiny").model, RLoraConfig(r=6, target_modules=targets))
-    )
-    export_lora(model, tmp_path / "export")
+    routed = saved(RLoraConfig(r=6, target_modules=targets), tmp_path / "routed")
+    said = ready_for(tmp_path / "routed")
+    assert said["rank"] is None and "rlora_" in said["why"][0] and "vLLM" in said["why"][1]
+    export_lora(routed, tmp_path / "export")
     assert ready_for(tmp_path / "export") == {"rank": 12, "max-lora-rank": 16, "why": []}
-    model.save_pretrained(tmp_path / "adapter")
-    raw = ready_for(tmp_path / "adapter")
-    assert raw["rank"] is None and "rlora_" in raw["why"][0] and "vLLM" in raw["why"][1]
-    mixed = LoraConfig(r=4, target_modules=targets, rank_pattern={"up_proj": 32}, use_rslora=True)
-    found = ready_for(saved(mixed, tmp_path / "mixed"))
-    assert (found["rank"], found["max-lora-rank"]) == (32, 32)
-    assert [re.match(r"[\w.]+ \w+", why)[0] for why in found["why"]] == [
-        "one rank",
-        "llama.cpp scales",
-    ]
-    head = LoraConfig(r=2, target_modules=targets, modules_to_save=["lm_head"])
-    found = ready_for(saved(head, tmp_path / "head"))
-    assert found["max-lora-rank"] == 8 and "modules_to_save" in " ".join(found["why"])
+    mixed = {"r": 4, "rank_pattern": {"up_proj": 32}, "use_rslora": True}
+    saved(LoraConfig(target_modules=targets, **mixed), tmp_path / "mixed")
+    said = ready_for(tmp_path / "mixed")
+    assert (said["rank"], said["max-lora-rank"]) == (32, 32)
+    whys = "one rank .*", r"llama\.cpp scales .*"
+    assert all(map(re.fullmatch, whys, said["why"])) and len(said["why"]) == 2
+    saved(LoraConfig(r=2, target_modules=targets, modules_to_save=["lm_head"]), tmp_path / "head")
+    said = ready_for(tmp_path / "head")
+    assert said["max-lora-rank"] == 8 and "modules_to_save" in " ".join(said["why"])
     assert str(list(RANKS)) in TEXT
 
 
@@ -147,33 +116,23 @@ def test_an_adapter_on_a_gguf_base(tmp_path):
         how = {"gguf_file": "model.gguf", "dtype": torch.float32}
         return AutoModelForCausalLM.from_pretrained(tmp_path, **how)
 
-    assert gguf.GGUFReader(tmp_path / "model.gguf").tensors
     config = RLoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_seed=0)
-    model = get_peft_model(read_base(), config)
-    ids = torch.arange(8)[None]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.01)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    model.eval().save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(read_base(), tmp_path / "adapter").eval()
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    inputs = {"input_ids": torch.arange(8)[None]}
+    model = train(get_peft_model(read_base(), config), [inputs] * 2)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(read_base(), tmp_path / "adapter")
+    assert torch.equal(evaluated(again, inputs), evaluated(model, inputs))
+    with model.disable_adapter():
+        assert not torch.equal(evaluated(model, inputs), evaluated(again, inputs))
 
 
 # The record of first gradients
 
 
 def test_the_record_of_first_gradients_repeats(tmp_path):
-    measure(base="tiny", suite="synthetic", batch=4, seeds=1, out=tmp_path / "a.json")
-    measure(base="tiny", suite="synthetic", batch=4, seeds=1, out=tmp_path / "b.json")
-    first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab")
+    for name in "ab":
+        measure(base="tiny", suite="synthetic", batch=4, seeds=1, out=tmp_path / name)
+    first, second = (json.loads((tmp_path / name).read_text()) for name in "ab")
     assert first == second and first["base"] == "tiny" and len(first["records"]) == 4
     lora, *rlora = first["records"]
     assert lora["parts"]["A"] == 0 and "router" not in lora["parts"]
@@ -185,16 +144,14 @@ def test_the_record_of_first_gradients_repeats(tmp_path):
 
 def test_the_gradient_goes_as_the_formula_says():
     """Without dropout: heads and A by 1 / sqrt(gamma), the router by 1 / gamma."""
-    batch = Synthetic(["largest"]).batch(8, 0)
-    found = {}
+    found = []
     for gamma in (16.0, 256.0):
         base = load_base("tiny")
         settings = {"gamma": gamma, "lora_dropout": 0.0, "init_seed": 0}
         model = get_peft_model(base.model, RLoraConfig(target_modules=base.targets, **settings))
-        found[gamma] = first_gradient(model, batch, 0)["parts"]
-    ratios = {part: found[16.0][part] / found[256.0][part] for part in found[16.0]}
-    expected = {"A": 4, "B": 4, "router": 16}
-    assert ratios == pytest.approx(expected, rel=1e-3)
+        found.append(first_gradient(model, Synthetic(["largest"]).batch(8, 0), 0)["parts"])
+    ratios = {part: found[0][part] / found[1][part] for part in found[0]}
+    assert ratios == pytest.approx({"A": 4, "B": 4, "router": 16}, rel=1e-3)
 
 
 # Servers and a harness, over SmolLM2
@@ -204,12 +161,8 @@ def moved_adapter(base: Path, folder: Path) -> PeftModel:
     """An adapter off its start, as "adapter" and "export" in a folder."""
     config = RLoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_seed=0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data.add_(0.2 * torch.randn(p.shape, generator=generator) * p.data.std().clamp(0.05))
-    model.eval().save_pretrained(folder / "adapter")
+    model = perturb(get_peft_model(model, config), scale=0.02).eval()
+    model.save_pretrained(folder / "adapter")
     export_lora(model, folder / "export")
     return model
 

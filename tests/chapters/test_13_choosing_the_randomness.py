@@ -1,25 +1,19 @@
 """Chapter 13: a search that loses nothing, and its record."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
+from functools import partial
 
+import numpy as np
 import optuna
 import pytest
-import search_worker
 from optuna.trial import TrialState
 from peft import LoraConfig, get_peft_model
-from search_worker import fake
 
 from rlora_lab.chapters import ch13_choosing_the_randomness as chapter
 from rlora_lab.models.bases import load_base
 from rlora_lab.models.methods import count_trainable
 from rlora_lab.report.loading import chosen_records, load_evidence, read_block, score_array
 from rlora_lab.runs.plan import (
-    RUNGS,
     LoraShape,
     Run,
     Settings,
@@ -37,40 +31,48 @@ from rlora_min import RLoraConfig
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+def fake(trial: optuna.Trial, seed: int, suggest=chapter.suggest) -> float:
+    """A trial without training: as good as its rate is close to 0.005, and a little luck."""
+    settings = suggest(trial)
+    value = -abs(np.log(settings["learning_rate"] / 0.005))
+    for step in (1, 2):
+        trial.report(value, step)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+    return value + 0.01 * np.random.default_rng(seed).standard_normal()
+
+
 # The space
 
 
-def test_no_trial_is_larger_than_the_defaults():
-    seen = {}
-    for seed in range(300):
-        sampler = optuna.samplers.RandomSampler(seed=seed)
-        trial = optuna.create_study(sampler=sampler).ask()
-        settings = chapter.suggest(trial)
-        seen.setdefault((settings["placement"], settings["num_heads"]), set()).add(settings["r"])
-    assert len(seen) == 3 * 4
-    for (placement, N), ranks in seen.items():
-        assert chapter.size(placement, N, max(ranks)) <= chapter.LARGEST
-        assert chapter.size(placement, N, max(ranks) + 1) > chapter.LARGEST or max(ranks) == 10
-        assert min(ranks) == 1
+def asked(suggest) -> list[optuna.trial.FrozenTrial]:
+    """Three hundred random trials."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(lambda trial: suggest(trial)["r"], n_trials=300)
+    return study.trials
 
 
-def test_nor_is_any_of_plain_lora():
-    seen = {}
-    for seed in range(300):
-        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-        trial, other = study.ask(), study.ask()
-        settings = chapter.suggest_lora(trial)
-        seen.setdefault(settings["placement"], set()).add(settings["r"])
-    assert settings.keys() == LoraShape.model_fields.keys() == trial.params.keys()
-    chapter.suggest(other)
+def test_trials_go_up_to_the_size_of_the_defaults_and_no_further():
+    ranks, sizes = {}, {}
+    for trial in asked(chapter.suggest):
+        shape = trial.params["placement"], trial.params["num_heads"]
+        ranks[shape], sizes[shape] = trial.distributions["r"], partial(chapter.size, *shape)
+    assert len(ranks) == 3 * 4
+    for trial in asked(chapter.suggest_lora):
+        place = trial.params["placement"]
+        ranks[place], sizes[place] = trial.distributions["r"], partial(chapter.lora_size, place)
+    assert len(ranks) == 3 * 4 + 3
+    for shape, r in ranks.items():
+        assert r.low == 1 and sizes[shape](r.high) <= chapter.LARGEST
+        assert sizes[shape](r.high + 1) > chapter.LARGEST or r.high == 10
+
+
+def test_plain_lora_is_asked_for_the_same_range_and_as_wide_a_scale():
+    rlora, lora = (asked(s)[0].distributions for s in (chapter.suggest, chapter.suggest_lora))
+    assert lora.keys() == LoraShape.model_fields.keys()
     for name in ("placement", "learning_rate", "dropout"):
-        assert trial.distributions[name] == other.distributions[name]
-    for placement, ranks in seen.items():
-        assert chapter.lora_size(placement, max(ranks)) <= chapter.LARGEST
-        assert chapter.lora_size(placement, max(ranks) + 1) > chapter.LARGEST
-        assert min(ranks) == 1
-    assert seen.keys() == chapter.PLACEMENTS.keys()
-    alpha, gamma = trial.distributions["lora_alpha"], other.distributions["gamma"]
+        assert lora[name] == rlora[name]
+    alpha, gamma = lora["lora_alpha"], rlora["gamma"]
     assert alpha.log and alpha.high / alpha.low == gamma.high / gamma.low  # as wide in effect
 
 
@@ -86,11 +88,9 @@ def test_the_formula_counts_what_is_trained(placement: str):
 
 def test_the_defaults_are_those_of_the_module_and_the_suite():
     config, defaults = RLoraConfig(), chapter.DEFAULTS
-    assert (config.r, config.num_heads, config.gamma) == tuple(
-        defaults[name] for name in ("r", "num_heads", "gamma")
-    )
-    assert config.lora_dropout == defaults["dropout"]
-    assert defaults["learning_rate"] == Synthetic.default_lr
+    shared = {name: getattr(config, name) for name in ("r", "num_heads", "gamma")}
+    shared |= {"dropout": config.lora_dropout, "learning_rate": Synthetic.default_lr}
+    assert defaults == {"placement": "mlp"} | shared
 
 
 def test_plain_lora_is_searched_as_rlora_was():
@@ -115,39 +115,22 @@ def outcome(found: optuna.Study) -> list:
     return [(t.state.name, t.params, t.value) for t in chapter.finished(found)]
 
 
-def test_a_killed_worker_loses_no_finished_trial(tmp_path):
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
-    command = [sys.executable, search_worker.__file__, storage]
-    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    limit = threading.Timer(60, worker.kill)
-    limit.start()
-    try:
-        assert worker.stdout.readline() == "in the middle\n"
-    finally:
-        limit.cancel()
-        os.kill(worker.pid, signal.SIGKILL)
-        worker.wait(timeout=30)
-    before = optuna.load_study(study_name="rlora", storage=storage)
-    assert [t.state for t in before.trials][-1] == TrialState.RUNNING
-    kept = outcome(before)
-    assert len(kept) == 9
+def test_a_search_that_died_in_a_trial_goes_on_as_if_nothing_had_happened():
+    def dies(trial, seed):
+        if seed == 9:
+            chapter.suggest(trial)
+            raise SystemExit
+        return fake(trial, seed)
+
+    storage, other = (optuna.storages.InMemoryStorage() for _ in range(2))
+    with pytest.raises(SystemExit):
+        chapter.search(storage, 14, dies, startup=6)
     after = chapter.search(storage, 14, fake, startup=6)
-    assert outcome(after)[:9] == kept
     assert [t.number for t in after.trials if t.state == TrialState.FAIL] == [9]
-    whole = chapter.search(f"sqlite:///{tmp_path / 'whole.db'}", 14, fake, startup=6)
-    assert outcome(after) == outcome(whole)  # as if nothing had happened
-    assert {t.state for t in chapter.finished(whole)} == {TrialState.COMPLETE, TrialState.PRUNED}
-    drawn = [tuple(params.values()) for _, params, _ in outcome(after)]
-    assert len(set(drawn)) == 14  # nothing twice
-
-
-def test_asked_for_what_is_done_it_runs_nothing():
-    storage = optuna.storages.InMemoryStorage()
-    first = outcome(chapter.search(storage, 5, fake))
-    assert outcome(chapter.search(storage, 5, lambda *a: 1 / 0)) == first
-    with pytest.raises(ZeroDivisionError):
-        chapter.search(storage, 6, lambda *a: 1 / 0)
-    assert outcome(chapter.search(storage, 5, fake)) == first
+    whole = outcome(chapter.search(other, 14, fake, startup=6))
+    assert outcome(after) == whole
+    assert {state for state, _, _ in whole} == {"COMPLETE", "PRUNED"}
+    assert len({str(params) for _, params, _ in whole}) == 14  # nothing twice
 
 
 def test_a_trial_that_lies_behind_is_stopped_at_a_look(monkeypatch: pytest.MonkeyPatch):
@@ -235,28 +218,20 @@ def test_a_study_from_its_first_trial_to_its_last_run(name: str, quick, tmp_path
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_the_recorded_study_is_whole(name: str):
-    result = load_evidence(name)
-    assert result["complete"]
-    assert result["config"]["defaults"] == load_plan()[name].defaults.model_dump()
+    result, block = load_evidence(name), load_plan()[name]
+    assert result["complete"] and result["config"]["defaults"] == block.defaults.model_dump()
     searched = [r for r in result["records"] if r["stage"] == "search"]
     assert [r["seed"] for r in searched] == list(range(result["config"]["trials"]))
     assert not {r["seed"] for r in searched} & set(result["seeds"])
     assert all(r["adapter_parameters"] <= chapter.LARGEST for r in searched)
-    best = best_trials(searched)[0]
-    block = load_plan()[name]
-    ladder = block.rungs(best)
-    assert result["methods"] == list(block.methods)
+    ladder = block.rungs(best_trials(searched)[0])
     for method in block.methods:
         settings = {str(r["settings"]) for r in chosen_records(result, method)}
         assert settings == {str(ladder[method])}
-    if block.methods != RUNGS:
-        return
-    (again,) = (r for r in result["records"] if r["stage"] == "again")
-    assert again["seed"] == best["seed"] and again["value"] == best["value"]  # it repeats
 
 
-def test_both_searches_are_read_on_the_same_seeds():
-    first, second = (load_evidence("study"), load_evidence("study-lora"))
+def test_both_searches_are_read_on_the_same_tasks():
+    first, second = (load_evidence(name) for name in SEARCHES)
     for name in ("seeds", "tasks", "metrics"):
         assert first[name] == second[name]
     assert first["config"]["defaults"] == chapter.DEFAULTS

@@ -24,16 +24,12 @@ import psutil
 import pytest
 import torch
 import yaml
-from peft import get_peft_model
-from rlora_helpers import perturb
 
 from rlora_lab.__main__ import main
 from rlora_lab.chapters.ch16_shipping import (
     fingerprint,
     generate,
     load_release,
-    routing_of,
-    write_release,
 )
 from rlora_lab.chapters.ch16b_serving import choose, place
 from rlora_lab.errors import LabError
@@ -44,7 +40,6 @@ from rlora_lab.serving.measure import forms, measure
 from rlora_lab.serving.serve import CONFIG, read_config
 from rlora_lab.tasks.characters import Characters
 from rlora_lab.tasks.strings import VOCABULARY
-from rlora_min import RLoraConfig
 
 pytest.importorskip("ray", reason='the server needs the extra "serve"')
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -55,19 +50,9 @@ COMMAND = [sys.executable, "-m", "rlora_lab", "serve"]
 
 
 @pytest.fixture(scope="module")
-def releases(tmp_path_factory) -> Path:
-    """Two sealed adapters, all of whose numbers were moved, and v1 in service."""
-    folder = tmp_path_factory.mktemp("releases")
-    for name, seed in {"v1": 1, "v2": 2}.items():
-        base = load_base("tiny")
-        own = fingerprint(base.model)
-        config = RLoraConfig(init_seed=seed, target_modules=base.targets)
-        model = perturb(get_peft_model(base.model.requires_grad_(False), config).eval(), seed=seed)
-        model.save_pretrained(folder / name)
-        ids = [TOKENIZER.encode(prompt) for prompt in PROMPTS]
-        routing = routing_of(model, ids, "default").mean(0)
-        write_release(folder / name, own, model, TOKENIZER, PROMPTS[:6], 6, routing)
-    return folder
+def releases(releases: Path, tmp_path_factory) -> Path:
+    """A folder of this server's own."""
+    return shutil.copytree(releases, tmp_path_factory.mktemp("served") / "releases")
 
 
 @pytest.fixture(scope="module")

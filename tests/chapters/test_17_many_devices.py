@@ -5,29 +5,21 @@ the weights of one process. Here: what it says was seen in a test, what its scri
 accelerate reads its configurations.
 """
 
-import os
-import sys
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from chapter_code import cell_code, chapter_values, write_files
+from chapter_code import chapter_code, write_files
+from two_processes import QUIET
 
 from rlora_lab.models.bases import load_base
 
 CHAPTER = "17_many_devices"
-ENVIRONMENT = os.environ | {
-    "ACCELERATE_USE_CPU": "true",
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-}
 SAID = """
 import torch
 from peft import get_peft_model
@@ -63,27 +55,13 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def imported(folder, monkeypatch):
-    """Imports one of the files, whose name others may have too."""
-
-    def imported(name: str):
-        monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        module = __import__(name)
-        monkeypatch.delitem(sys.modules, name)
-        return module
-
-    return imported
-
-
 def launch(folder: Path, *arguments: str, **environment: str) -> tuple[int, float, str]:
     """The chapter's own `launch`, in a folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, value in (ENVIRONMENT | environment).items():
+        for name, value in (QUIET | {"ACCELERATE_USE_CPU": "true"} | environment).items():
             patch.setenv(name, value)
-        return cell_code(CHAPTER, "launch").launch(*arguments)
+        return chapter_code(CHAPTER).launch(*arguments)
 
 
 def test_accelerate_stays_with_ddp_on_cpus_and_a_base_in_bf16_is_sharded(folder):
@@ -109,44 +87,37 @@ def test_processes_that_do_not_know_of_each_other_are_refused(folder):
     assert "2 processes were started, but accelerate sees 1" in written, written
 
 
-def test_shares_that_are_not_even_are_refused(imported):
-    train = imported("train").train
+def test_shares_that_are_not_even_are_refused(folder):
+    train = runpy.run_path(str(folder / "train.py"))["train"]
     for processes, batch, examples in ((3, 16, 32), (2, 16, 40)):
         with pytest.raises(ValueError, match=f"{processes} processes must divide"):
             train(SimpleNamespace(num_processes=processes), None, range(examples), batch)
 
 
-def test_a_model_without_blocks_is_not_cut(imported):
+def test_a_model_without_blocks_is_not_cut(folder):
     base = SimpleNamespace(_no_split_modules={"LlamaDecoderLayer"})
     model = SimpleNamespace(get_base_model=lambda: base, modules=lambda: [torch.nn.Linear(1, 1)])
     with pytest.raises(ValueError, match="no block named ..LlamaDecoderLayer"):
-        imported("sharded").shard(model, None)
+        runpy.run_path(str(folder / "sharded.py"))["shard"](model, None)
 
 
-def launched(path: Path) -> SimpleNamespace:
-    """What accelerate reads of a configuration."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
-    return _validate_launch_command(arguments)[0]
+def read_by_accelerate(name: str, folder: Path) -> SimpleNamespace:
+    (folder / name).write_text(chapter_code(CHAPTER).CONFIGS[name])
+    command = ["--config_file", str(folder / name), "train.py"]
+    return _validate_launch_command(launch_command_parser().parse_args(command))[0]
 
 
 @pytest.mark.parametrize("name", ["ddp.yaml", "two_nodes.yaml", "fsdp.yaml", "zero3.yaml"])
 def test_accelerate_reads_the_configurations(name, tmp_path):
-    path = tmp_path / name
-    path.write_text(chapter_values(CHAPTER, "CONFIGS")[name])
-    arguments = launched(path)
+    arguments = read_by_accelerate(name, tmp_path)
     assert arguments.use_fsdp == (name == "fsdp.yaml")
     assert arguments.use_deepspeed == (name == "zero3.yaml")
     assert arguments.num_processes == (16 if name == "two_nodes.yaml" else 8)
-    path.write_text(path.read_text() + "number_of_gpus: 8\n")
-    with pytest.raises(ValueError, match="number_of_gpus"):
-        load_config_from_file(str(path))
 
 
 def test_accelerates_fsdp_plugin_takes_the_values(tmp_path, monkeypatch):
     # As far as it goes without an accelerator: the values reach its plugin, and mean FSDP2.
-    path = tmp_path / "fsdp.yaml"
-    path.write_text(chapter_values(CHAPTER, "CONFIGS")["fsdp.yaml"])
-    arguments = launched(path)
+    arguments = read_by_accelerate("fsdp.yaml", tmp_path)
     arguments.main_process_port = 0  # any that is free
     for key, value in prepare_multi_gpu_env(arguments).items():
         if key.startswith("FSDP_"):

@@ -2,19 +2,14 @@
 
 import itertools
 import re
-import tomllib
 from pathlib import Path
 
 import execute
 import nbformat
 import pytest
 import reading
-import yaml
-from chapter_code import BOOK, CHAPTERS, read
-
-ROOT = BOOK.parent
-REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
-URL = REPOSITORY["url"]
+from chapter_code import CHAPTERS, read, said_by
+from project import CONFIG, PROJECT, ROOT, URL
 
 # The level-2 headings of a chapter, in this order. Each may go on after a colon, and others may
 # stand between them.
@@ -46,13 +41,12 @@ WAY_IN_PARTS = [
     "Where to read on",
     "Next",
 ]
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 # The set-up cell starts like this, so that a chapter alone in Colab has what it imports.
 SET_UP = f"""# @title Set-up
 from importlib.util import find_spec
 
 if find_spec("rlora_lab") is None:  # in Colab
-    %pip install -q "rlora-min[EXTRAS] @ git+{URL}@v{VERSION}"
+    %pip install -q "rlora-min[EXTRAS] @ git+{URL}@v{PROJECT["version"]}"
 """
 EXTRAS = {"16b_serving.ipynb": "lab,serve"}  # of the other chapters, lab alone
 OPEN = ("10", "16")  # chapters that fold what measures or serves too, and say so in other words
@@ -61,14 +55,23 @@ MOST_MINUTES = 25  # by the rule of reading.py
 WIDEST_LINE = 85  # columns of code that a page shows without scrolling
 MOST_SECONDS = 60
 STAMPED = ["hash", "date", "python", "torch", "peft", "transformers", "machine", "seconds"]
-RAW_MYST = re.compile(r"^\s*(```+|~~~+|:::+)\{|\{[\w:+.-]+\}`|^\([\w-]+\)=\s*$|^%\s", re.M)
-SWAP = re.compile(
-    r"(swap|exchange|replace)\W+`?load_base", re.I
-)  # string tasks are the tiny base's
 WIDEST_OUTPUT = 88  # columns of a printed table
 SMALLEST_TYPE = 9  # points, in the width of a page
 TABLE_ROW = re.compile(r"\S {2,}\S.*\S {2,}\S")
-RUN_IN = re.compile(r"^\*\*[^*\n]+[.:?!]\*\* \S", re.M)  # a head in bold, and its text after it
+# What no Markdown cell may hold.
+WRONG_TEXT = {
+    "holds a MyST directive or role, shown raw in Colab": re.compile(
+        r"^\s*(```+|~~~+|:::+)\{|\{[\w:+.-]+\}`|^\([\w-]+\)=\s*$|^%\s", re.M
+    ),
+    "promises that another base will do": re.compile(
+        r"(swap|exchange|replace)\W+`?load_base", re.I
+    ),
+    "has a head in bold; make it a heading or a sentence": re.compile(
+        r"^\*\*[^*\n]+[.:?!]\*\* \S", re.M
+    ),
+    "has a formula in a heading": re.compile(r"^#+ .*\$", re.M),
+}
+NAMED = re.compile(r"https://github\.com/[\w.-]+/rlora-book")
 HOME = re.compile(r"(/home|/root|/Users|/tmp|/work|/content)/|[A-Z]:\\\\")
 
 
@@ -83,18 +86,8 @@ def images(cell) -> bool:
 
 def text_of(cell) -> str:
     """All that the outputs of a cell show as text."""
-    shown = []
-    for out in cell.get("outputs", []):
-        shown.append(out.get("text", ""))
-        shown += [value for kind, value in out.get("data", {}).items() if kind.startswith("text/")]
-    return "".join(shown)
-
-
-def printed(cell) -> str:
-    """What a cell writes, unless its outputs are hidden."""
-    if "remove-output" in tags(cell):
-        return ""
-    return "".join(out.text for out in cell.outputs if out.output_type == "stream")
+    shown = [data for out in cell.get("outputs", []) for data in out.get("data", {}).items()]
+    return said_by(cell) + "".join(value for kind, value in shown if kind.startswith("text/"))
 
 
 def is_solution(cell) -> bool:
@@ -109,21 +102,18 @@ def is_solution(cell) -> bool:
 
 def sections(cells: list) -> dict[str, list]:
     """The cells under each level-2 heading, the heading's own cell first."""
-    found: dict[str, list] = {"": []}
-    name = ""
+    found, name = {"": []}, ""
     for cell in cells:
-        heading = re.match(r"## (.+)", cell.source) if cell.cell_type == "markdown" else None
-        if heading:
-            name = heading.group(1).split(":")[0].strip()
-            found[name] = []
-        found[name].append(cell)
+        heading = re.match(r"## ([^\n:]+)", cell.source) if cell.cell_type == "markdown" else None
+        name = heading[1].strip() if heading else name
+        found.setdefault(name, []).append(cell)
     return found
 
 
 def check_opening(nb, name: str) -> list[str]:
     badge, title = nb.cells[:2]
     address = URL.replace("https://github.com/", "https://colab.research.google.com/github/")
-    address = f"{address}/blob/{REPOSITORY['branch']}/book/{name}"
+    address = f"{address}/blob/{CONFIG['repository']['branch']}/book/{name}"
     found = []
     if badge.cell_type != "markdown" or f"]({address})" not in badge.source:
         found.append(f"badge: the first cell does not point to {address}")
@@ -224,8 +214,8 @@ def check_folds(nb, name: str) -> list[str]:
         wide = [line for line in cell.source.splitlines() if len(line) > WIDEST_LINE]
         if any("pip install" not in line for line in wide):
             found.append(f"folds: cell {number} has code wider than {WIDEST_LINE} columns")
-        rows = [line for line in printed(cell).splitlines() if TABLE_ROW.search(line)]
-        if any(len(row) > WIDEST_OUTPUT for row in rows):
+        rows = [line for line in said_by(cell).splitlines() if TABLE_ROW.search(line)]
+        if "remove-output" not in tags(cell) and any(len(row) > WIDEST_OUTPUT for row in rows):
             found.append(f"folds: cell {number} prints a table wider than {WIDEST_OUTPUT} columns")
     return found
 
@@ -251,17 +241,11 @@ def check_pictures(nb) -> list[str]:
 def check_text(nb) -> list[str]:
     found = []
     for number, cell in enumerate(nb.cells):
-        if cell.cell_type == "markdown" and RAW_MYST.search(cell.source):
-            found.append(f"text: cell {number} holds a MyST directive or role, shown raw in Colab")
-        if cell.cell_type == "markdown" and SWAP.search(cell.source):
-            found.append(f"text: cell {number} promises that another base will do")
-        if cell.cell_type == "markdown" and RUN_IN.search(cell.source):
-            found.append(f"text: cell {number} has a head in bold; make it a heading or a sentence")
-        if cell.cell_type == "markdown" and re.search(r"^#+ .*\$", cell.source, re.M):
-            found.append(f"text: cell {number} has a formula in a heading")
-        for other in re.findall(r"https://github\.com/[\w.-]+/rlora-book", cell.source):
-            if other != URL:
-                found.append(f"text: cell {number} names {other} instead of {URL}")
+        if cell.cell_type == "markdown":
+            wrong = [what for what, pattern in WRONG_TEXT.items() if pattern.search(cell.source)]
+            found += [f"text: cell {number} {what}" for what in wrong]
+        for other in set(NAMED.findall(cell.source)) - {URL}:
+            found.append(f"text: cell {number} names {other} instead of {URL}")
     return found
 
 
@@ -280,13 +264,11 @@ def check_stamp(nb, name: str) -> list[str]:
 
 def faults(nb, name: str) -> list[str]:
     """What is wrong with the form of a chapter."""
-    checks = [check_outputs, check_pictures, check_text]
-    if name != WAY_IN:
-        checks += [check_parts, check_exercises]
-    found = [fault for check in checks for fault in check(nb)] + check_folds(nb, name)
+    found = check_opening(nb, name) + check_setup(nb, name) + check_outputs(nb)
+    found += check_folds(nb, name) + check_pictures(nb) + check_text(nb) + check_stamp(nb, name)
     if name == WAY_IN:
-        found += check_headings(nb, WAY_IN_PARTS)
-    return check_opening(nb, name) + check_setup(nb, name) + found + check_stamp(nb, name)
+        return found + check_headings(nb, WAY_IN_PARTS)
+    return found + check_parts(nb) + check_exercises(nb)
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.name)

@@ -7,19 +7,16 @@ own index.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
-from chapter_code import CHAPTERS, read
+from chapter_code import CHAPTERS, read, run
 from environments import copy_project, create
-from nbclient import NotebookClient
-from project import URL
+from project import PROJECT, URL
 
 WHEELS = Path(sys.prefix) / "wheels"
 QUICKEST = min(CHAPTERS, key=lambda path: read(path).metadata["rlora_book"]["seconds"])
@@ -43,9 +40,8 @@ def repository(folder: Path) -> Path:
     if copy_project(folder) is None:
         pytest.skip("no git repository to take the files from")
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    version = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["version"]
     commit = ["commit", "-q", "--no-verify", "-m", "copy"]
-    for command in (["init", "-q"], ["add", "-A"], commit, ["tag", f"v{version}"]):
+    for command in (["init", "-q"], ["add", "-A"], commit, ["tag", f"v{PROJECT['version']}"]):
         subprocess.run([*git, *command], cwd=folder, check=True)
     return folder
 
@@ -59,15 +55,10 @@ def run_alone(notebook: nbformat.NotebookNode, tmp_path: Path, environment: dict
     kernel.write_text(json.dumps(spec | {"display_name": "colab"}))
     alone = tmp_path / "alone"
     alone.mkdir()
-    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-        NotebookClient(
-            notebook,
-            timeout=600,
-            kernel_name="colab",
-            resources={"metadata": {"path": str(alone)}},
-        ).execute(env=own | environment)
+        patch.delenv("PYTHONPATH", raising=False)
+        run(notebook, alone, "colab", **environment)
 
 
 def offline() -> dict[str, str]:

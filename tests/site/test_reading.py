@@ -1,27 +1,23 @@
 """The rule by which chapters take minutes, and the command that prints it."""
 
-import shutil
-
-import pytest
 import reading
+from bs4 import BeautifulSoup
 from chapter_code import CHAPTERS
-from project import ROOT
+from nbformat.v4 import new_code_cell as code
+from nbformat.v4 import new_markdown_cell as markdown
+from project import ROOT, needs_chromium
 
 
-def markdown(source: str) -> dict:
-    return {"cell_type": "markdown", "source": source, "metadata": {}}
-
-
-def code(source: str, *tags: str) -> dict:
-    return {"cell_type": "code", "source": source, "metadata": {"tags": list(tags)}}
+def folded_cell(source: str, tag: str, **mystnb: str) -> dict:
+    return code(source, metadata={"tags": [tag], "mystnb": mystnb})
 
 
 def test_what_is_counted_and_what_is_not():
     cells = [
         markdown("## Code\n\nFour words of [prose](a/long/address.ipynb)."),  # with ## Code: six
         code("a = 1\n\nb = 2"),
-        code("plt.plot()", "hide-input"),
-        code("# @title Solution", "hide-cell"),
+        folded_cell("plt.plot()", "hide-input"),
+        folded_cell("# @title Solution", "hide-cell"),
         markdown("## Exercises"),
         code("c = 3"),
         markdown("## Next\n\nOn."),
@@ -30,8 +26,8 @@ def test_what_is_counted_and_what_is_not():
 
 
 def test_what_is_folded_is_listed_by_what_it_does():
-    drawing = code("fig, ax = plt.subplots()\n\nax.plot(y)", "hide-input")
-    drawing["metadata"]["mystnb"] = {"code_prompt_show": "Show the drawing"}
+    source = "fig, ax = plt.subplots()\n\nax.plot(y)"
+    drawing = folded_cell(source, "hide-input", code_prompt_show="Show the drawing")
     cells = [markdown("## Code\n\n### A layer"), code("a = 1"), drawing]
     assert reading.folded(cells) == [("drawing", 2, "A layer")]
 
@@ -43,19 +39,14 @@ def test_the_first_page_states_the_rule():
 
 
 def test_the_first_page_has_the_minutes_of_each_chapter(built):
-    page = (built.root / "index.html").read_text()
+    page = BeautifulSoup((built.root / "index.html").read_text(), "html.parser")
     for path in CHAPTERS:
-        row = page[
-            page.index(f'<td><p><a class="reference internal" href="book/{path.stem}.html"') :
-        ]
-        minutes = f"<p>{reading.read_minutes(path):.0f}</p>"
-        assert minutes in row[: row.index("</tr>")], path.stem
+        row = page.select_one(f'td a[href="book/{path.stem}.html"]').find_parent("tr")
+        minutes = f"{reading.read_minutes(path):.0f}"
+        assert minutes in [cell.text.strip() for cell in row("td")], path.stem
 
 
-CHROMIUM = any(map(shutil.which, reading.BROWSERS))
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: make browser installs it")
+@needs_chromium
 def test_the_command_prints_minutes_and_heights(built, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["reading.py", "--site", str(built.root)])
     assert reading.main() == 0
@@ -68,7 +59,7 @@ def test_the_command_prints_minutes_and_heights(built, capsys, monkeypatch):
         assert 2000 < closed < 1.02 * 18_000 and closed < opened  # letters differ a little
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: make browser installs it")
+@needs_chromium
 def test_a_page_that_was_not_built_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["reading.py", "--site", str(tmp_path)])
     assert reading.main() == 1

