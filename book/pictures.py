@@ -23,7 +23,7 @@ PICTURE = Path(__file__).resolve().parent / "_static" / "evidence.svg"
 # One row each: the first of these blocks that is finished.
 MAIN = (
     ("language",),
-    ("language-related",),
+    ("language-related-again", "language-related"),
     ("strings", "synthetic"),
     ("strings-different-8", "different-8"),
     ("strings-related-8", "related-8"),
@@ -34,6 +34,7 @@ JAPANESE_PICTURE = PICTURE.with_name("evidence.ja.svg")
 JAPANESE = {
     "language": "SmolLM2、異なる8タスク",
     "language-related": "SmolLM2、関連する5タスク",
+    "language-related-again": "SmolLM2、関連する5タスク、\n新しい乱数",
     "strings": "文字列の10タスク",
     "strings-different-8": "文字列、異なる8タスク",
     "strings-related-8": "文字列、関連する8タスク",

@@ -12,7 +12,7 @@ from .rows import contrast
 LANGUAGE = {  # block: what was compared; seeds and test rows both count in their intervals
     "language": "SmolLM2, 8 different tasks",
     "language-related": "SmolLM2, 5 related tasks",
-    "language-related-again": "SmolLM2, the same 5, asked again",
+    "language-related-again": "SmolLM2, 5 related tasks, fresh seeds",
 }
 OTHERS = {
     "strings": "10 string tasks",
