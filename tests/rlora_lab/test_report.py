@@ -188,9 +188,11 @@ def test_stored_records_are_what_their_plan_says(block: str, capsys: pytest.Capt
         assert ((0 <= scores) & (scores <= 1)).all()
         sizes = {r.get("adapter_parameters") for r in chosen_records(result, method)}
         assert len(sizes) == 1
-        # M-LoRA had one rank for all modules when chapter 07's were run; on the language model's
-        # upper blocks a rank of M-LoRA, or of a head for each task, is a large step
-        off = 0.12 if block.startswith(("chapter-07", "language")) else 0.03
+        off = 0.03
+        if block.startswith("chapter-07"):  # M-LoRA had one rank for all modules
+            off = 0.1
+        if asked.suite == "language" and method in ("mlora", "oracle"):  # a rank is a large step
+            off = 0.12
         if method not in OTHER_SIZE and result["rlora_parameters"]:
             assert abs(sizes.pop() / result["rlora_parameters"] - 1) < off
     for record in result["records"]:
