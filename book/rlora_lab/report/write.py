@@ -53,7 +53,12 @@ SITUATIONS = {  # rows of the advice by block
     },
     "five real tasks": "sentences",
     "three real tasks of sentiment": "sentences-related",
+    "eight language tasks": "language",
 }
+PAIRS = (  # different and related tasks, by block
+    *((f"{size} tasks", f"different-{size}", f"related-{size}") for size in SIZES),
+    ("SmolLM2", "language", "language-related"),
+)
 SCATTER = {"string tasks": "synthetic", "real text": "sentences"}  # chapter 10's
 
 
@@ -118,13 +123,13 @@ class Report:
     def together(self, blocks: dict[str, dict]) -> None:
         """What is said of several blocks."""
         pairs = {
-            f"{size} tasks": (blocks[f"different-{size}"], blocks[f"related-{size}"])
-            for size in SIZES
-            if {f"different-{size}", f"related-{size}"} <= blocks.keys()
+            words: (blocks[different], blocks[related])
+            for words, different, related in PAIRS
+            if {different, related} <= blocks.keys()
         }
         if pairs:
             self.say("## Related against different tasks")
-            self.related("relatedness", "String tasks", relatedness(pairs))
+            self.related("relatedness", "String and language tasks", relatedness(pairs))
         if {"sentences", "sentences-related"} <= blocks.keys():
             pair = {"real text": (blocks["sentences"], blocks["sentences-related"])}
             found = relatedness(pair, tasks=blocks["sentences-related"]["tasks"])
