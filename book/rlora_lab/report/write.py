@@ -10,7 +10,7 @@ from ..drawing.style import book_style
 from ..errors import LabError
 from ..runs.plan import PLAN, RECORDS, Block, load_plan, read_all
 from ..runs.record import write_whole
-from .loading import provenance, read_block
+from .loading import provenance, read_block, tasks_with
 from .overview import overview
 from .pictures import (
     MAIN,
@@ -98,14 +98,16 @@ class Report:
     def block(self, name: str, result: dict) -> None:
         self.table(f"{name}-scores", "Scores", scores_table(result))
         self.table(f"{name}-tasks", "Tasks", tasks_table(result))
-        if any(result["tuned"].values()):
-            self.table(f"{name}-tuning", "Settings that were tried", tuning_table(result))
+        tuned = any(result["tuned"].values())
+        if tuned:
             self.table(f"{name}-looks", "On the way", looks_table(result))
+        if tuned and result["sweep_seeds"]:
+            self.table(f"{name}-tuning", "Settings that were tried", tuning_table(result))
         elif result["sweep_seeds"]:
             self.table(f"{name}-rates", "Learning rates", rates_table(result))
             self.picture(f"{name}-rates", rate_curves(result))
         if "rlora" in result["methods"] and len(result["methods"]) > 1:
-            for metric in result["metrics"]:
+            for metric in [m for m in result["metrics"] if tasks_with(result, m)]:
                 found = rlora_less(result, metric)
                 ends = "the other better", "R-LoRA better"
                 title = f"R-LoRA less each other, {metric}"
