@@ -1,5 +1,6 @@
 """The report on a language model: stages of tuning, controls, rows, and what is not done yet."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,13 @@ OWN = SETTING | {
 }
 
 
-def plan_of(folder: Path) -> Path:
-    own = {"suite": "language", "tasks": ["copy", "choose"], "blocks": 1, "steps": 4}
-    seeds = {"seeds": [0, 1, 2, 3, 4, 5], "control_seeds": 2}
-    return plan_file(folder, language=STAGED | own | seeds | {"margin": 30.0})
+LANGUAGE = {"suite": "language", "tasks": ["copy", "choose"], "blocks": 1, "steps": 4}
+SEEDS = [0, 1, 2, 3, 4, 5]
+
+
+def plan_of(folder: Path, **more: dict) -> Path:
+    own = STAGED | LANGUAGE | {"seeds": SEEDS, "control_seeds": 2, "margin": 30.0}
+    return plan_file(folder, language=own, **more)
 
 
 def record_of(run: Run, generator: np.random.Generator) -> dict:
@@ -181,6 +185,30 @@ def test_the_report(made_up: Path, tmp_path: Path):
     assert {"overview.png", "language-tuning.csv", "language-looks.csv"} <= files
     assert "language-chances.csv" in files and "language-rates.csv" not in files
     assert {"language-exact-rlora-less.csv", "language-choice-rlora-less.csv"} <= files
+
+
+def test_the_report_of_tasks_without_options_at_the_settings_of_another_block(
+    made_up: Path, tmp_path: Path
+):
+    shutil.copy(made_up / "language.jsonl", tmp_path)
+    taken = {"rates": None, "rates_from": "language", "sweep_seeds": None, "seeds": SEEDS}
+    related = LANGUAGE | taken | {"tasks": ["copy"]}
+    plan = plan_of(tmp_path, **{"language-related": related})
+    blocks = load_plan(plan)
+    setting = OWN | {"block": "language-related", "tasks": ["copy"]}
+    generator = np.random.default_rng(1)
+    todo, _ = missing(blocks, blocks["language-related"], read_all(blocks, tmp_path)[0])
+    for run in todo:
+        record = {"date": "2026-01-01"} | record_of(run, generator)
+        for kind in ("test", "rows"):
+            record[kind] = {"exact": record[kind]["exact"][:1], "choice": [None]}
+        add_record(tmp_path / "language-related.jsonl", setting, record)
+    said = write_report(tmp_path / "out", plan, tmp_path)
+    assert "SmolLM2: R-LoRA" in said
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"language-related-looks.csv", "language-related-exact-rlora-less.csv"} <= files
+    assert {"relatedness-interaction.csv", "advice.csv"} <= files
+    assert not {"language-related-tuning.csv", "language-related-choice-rlora-less.csv"} & files
 
 
 def test_chances_grow_with_seeds_and_margin(made_up: Path):
