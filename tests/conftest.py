@@ -1,5 +1,6 @@
 """What the tests share: no model hub, one thread a worker, each kind of base."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # two workers of two threads each on two cores take five times as long
 settings.register_profile("tests", deadline=None)  # that a machine is busy is no fault of the code
 settings.load_profile("tests")
+
+
+def pytest_collection_finish():
+    """What the modules have imported is not looked through again whenever garbage is collected,
+    which statsmodels does at each of Holm's corrections."""
+    gc.freeze()
 
 
 @pytest.fixture(params=["llama", "qwen2", "gpt2", "bert", "sequential"])

@@ -6,6 +6,7 @@ Several questions that are asked together are a family, and Holm's correction is
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -66,12 +67,16 @@ def holm(p: Iterable[float]) -> np.ndarray:
 def detectable(spread: float, n: int, power: float = 0.8, level: float = 0.05) -> float:
     """The smallest true mean of `n` differences of standard deviation `spread` that a two-sided t
     test at that level finds, with its sign, with that power."""
+    return _in_deviations(n, power, level) * float(spread)
 
-    def lacks(size: float) -> float:  # size: the true mean in standard deviations
+
+@cache  # a picture asks for many of the same
+def _in_deviations(n: int, power: float, level: float) -> float:
+    def lacks(size: float) -> float:
         return ttest_power(size, n, level / 2, alternative="larger") - power
 
     enough = (2 * stats.t.ppf(1 - level / 2, n - 1) + 5) / n**0.5
-    return float(optimize.brentq(lacks, 0, enough)) * float(spread)
+    return float(optimize.brentq(lacks, 0, enough))
 
 
 def family(differences: dict[str, np.ndarray]) -> list[Contrast]:
