@@ -5,7 +5,7 @@ A block comes as a dictionary, which tables, pictures and questions take:
     command, date, machine, threads, versions
     config          what all of its runs share: base, suite, steps, batch, settings, where the data
                     came from
-    tasks, metrics  the first metric is the one to choose by
+    tasks, metrics  those that a task has; the first metric is the one to choose by
     methods         those that were scored on test data, controls once all of their seeds are run
     seeds           those that all but the controls were scored on; sweep_seeds
     chosen          the learning rate of each method
@@ -113,7 +113,7 @@ def read_block(plan: dict[str, Block], name: str, records: Path) -> dict:
         "versions": setting["versions"],
         "config": {k: v for k, v in setting.items() if k not in ("machine", "threads", "versions")},
         "tasks": setting["tasks"],
-        "metrics": setting["metrics"],
+        "metrics": [m for m in setting["metrics"] if set(tested[0]["test"][m]) != {None}],
         "methods": methods,
         "seeds": [s for s in block.seeds if all(s in known for known in seeds)],
         "sweep_seeds": list(block.sweep_seeds),

@@ -43,7 +43,7 @@ def _ends(ax: Axes, left: str, right: str) -> None:
 def overview_plot(lines: Sequence[Line]) -> Figure:
     """R-LoRA less LoRA of equal size: hollow where the verdict is "cannot tell", grey where it is
     "equivalent", else filled."""
-    figure, ax = plt.subplots(figsize=(6.4, 1.1 + 0.27 * len(lines)))
+    figure, ax = plt.subplots(figsize=(6.4, 1.1 + 0.25 * len(lines)))
     _ends(ax, "LoRA better", "R-LoRA better")
     fill = {"cannot tell": "white", "equivalent": "#BBBBBB"}
     for y, line in enumerate(lines):
@@ -72,7 +72,8 @@ def forest(
     standing. A true difference within the grey band would mostly go unseen with these seeds.
     `left` and `right` say what lies at the ends of the axis."""
     tall = any(": " in c.name for c in contrasts)  # two lines of text to each
-    figure, ax = plt.subplots(figsize=(6.4, 0.9 + (0.38 if tall else 0.3) * len(contrasts)))
+    size = 6.4, 0.9 + (0.38 if tall else 0.3) * len(contrasts)
+    figure, ax = plt.subplots(figsize=size, dpi=100 if tall else None)  # tall ones weigh most
     limits = np.array([c.detectable for c in contrasts])
     ax.barh(range(len(contrasts)), 2 * limits, 0.7, -limits, color="#E4E4E4", zorder=0)
     _ends(ax, left, right)

@@ -10,7 +10,7 @@ from ..drawing.style import book_style
 from ..errors import LabError
 from ..runs.plan import PLAN, RECORDS, Block, load_plan, read_all
 from ..runs.record import write_whole
-from .loading import provenance, read_block, tasks_with
+from .loading import provenance, read_block
 from .overview import overview
 from .pictures import (
     MAIN,
@@ -43,22 +43,25 @@ from .tables import (
     tuning_table,
 )
 
-SIZES = (2, 4, 8)
-SITUATIONS = {  # rows of the advice by block
-    "ten mixed string tasks": "synthetic",
+KINDS = ("different", "related")
+FIRST = ", dropout 0.1"  # the first record of the string tasks
+STRINGS = {  # pairs of different and related ones, by block
+    **{f"{n} tasks": [f"strings-{kind}-{n}" for kind in KINDS] for n in (4, 8)},
+    **{f"{n} tasks{FIRST}": [f"{kind}-{n}" for kind in KINDS] for n in (2, 4, 8)},
+}
+PAIRS = STRINGS | {"SmolLM2": ["language", "language-related"]}
+SITUATIONS = {  # rows of the advice, by block
+    "ten mixed string tasks": "strings",
+    f"ten mixed string tasks{FIRST}": "synthetic",
     **{
-        f"{size} tasks, {kind}": f"{kind}-{size}"
-        for size in SIZES
-        for kind in ("different", "related")
+        f"{words}, {kind}": block
+        for words, blocks in STRINGS.items()
+        for kind, block in zip(KINDS, blocks, strict=True)
     },
     "five real tasks": "sentences",
     "three real tasks of sentiment": "sentences-related",
     "eight language tasks": "language",
 }
-PAIRS = (  # different and related tasks, by block
-    *((f"{size} tasks", f"different-{size}", f"related-{size}") for size in SIZES),
-    ("SmolLM2", "language", "language-related"),
-)
 SCATTER = {"string tasks": "synthetic", "real text": "sentences"}  # chapter 10's
 
 
@@ -107,7 +110,7 @@ class Report:
             self.table(f"{name}-rates", "Learning rates", rates_table(result))
             self.picture(f"{name}-rates", rate_curves(result))
         if "rlora" in result["methods"] and len(result["methods"]) > 1:
-            for metric in [m for m in result["metrics"] if tasks_with(result, m)]:
+            for metric in result["metrics"]:
                 found = rlora_less(result, metric)
                 ends = "the other better", "R-LoRA better"
                 title = f"R-LoRA less each other, {metric}"
@@ -126,7 +129,7 @@ class Report:
         """What is said of several blocks."""
         pairs = {
             words: (blocks[different], blocks[related])
-            for words, different, related in PAIRS
+            for words, (different, related) in PAIRS.items()
             if {different, related} <= blocks.keys()
         }
         if pairs:
