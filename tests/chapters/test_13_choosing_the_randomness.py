@@ -13,6 +13,7 @@ from rlora_lab.chapters import ch13_choosing_the_randomness as chapter
 from rlora_lab.models.bases import load_base
 from rlora_lab.models.methods import count_trainable
 from rlora_lab.report.loading import chosen_records, load_evidence, read_block, score_array
+from rlora_lab.runs.one_run import do_run, setting_of
 from rlora_lab.runs.plan import (
     LoraShape,
     Run,
@@ -24,7 +25,6 @@ from rlora_lab.runs.plan import (
     missing,
 )
 from rlora_lab.runs.record import add_record
-from rlora_lab.runs.worker import do_run, setting_of
 from rlora_lab.tasks.strings import Synthetic
 from rlora_min import RLoraConfig
 

@@ -15,8 +15,8 @@ from rlora_lab.models.bases import load_base
 from rlora_lab.models.methods import adapt
 from rlora_lab.report.loading import chosen_records, load_evidence
 from rlora_lab.runs import scarce
+from rlora_lab.runs.one_run import do_run, setting_of
 from rlora_lab.runs.plan import Run, load_plan, make_block, missing
-from rlora_lab.runs.worker import do_run, setting_of
 from rlora_lab.tasks.strings import LENGTH, SUITE_TASKS, Synthetic, draw
 
 CHAPTER = "14_scarce_tasks"

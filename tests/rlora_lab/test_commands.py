@@ -155,6 +155,7 @@ READING = """
 import sys, time
 start = time.process_time()
 from rlora_lab.report import loading, pictures, published, questions, tables, verdict, write
+from rlora_lab.runs import worker  # a plan's status; runs are done in processes of their own
 loading.load_evidence("synthetic", say=False)
 print(time.process_time() - start)
 assert not {"torch", "transformers", "datasets", "peft"} & set(sys.modules)

@@ -19,7 +19,7 @@ from rlora_lab.errors import LabError
 from rlora_lab.models import answers
 from rlora_lab.models.bases import Base, load_base
 from rlora_lab.models.methods import adapt, count_trainable
-from rlora_lab.runs import inside, worker
+from rlora_lab.runs import inside, one_run
 from rlora_lab.runs.plan import load_plan
 from rlora_lab.runs.probes import by_metric, routing_entropy
 from rlora_lab.runs.record import read_records
@@ -349,7 +349,7 @@ def test_what_does_not_fit(llama_folder: Path, bert_folder: Path, made_up_folder
 def test_a_plan_trains_upper_blocks(
     llama_folder: Path, made_up_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(worker, "load_base", lambda folder: small(Path(folder)))
+    monkeypatch.setattr(one_run, "load_base", lambda folder: small(Path(folder)))
     language_block = {"base": str(llama_folder), "suite": "language", "tasks": TASKS_MADE_UP}
     language_block["steps"] = 4
     rates = {"rates": [0.001], "sweep_seeds": None, "methods": ["rlora"], "seeds": [0]}

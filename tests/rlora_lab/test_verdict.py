@@ -11,7 +11,7 @@ from lab_helpers import letter_rows, write_rows
 from rlora_lab.__main__ import main
 from rlora_lab.errors import LabError
 from rlora_lab.report.verdict import verdict, verdict_text
-from rlora_lab.runs import worker
+from rlora_lab.runs import one_run
 from rlora_lab.runs.comparison import compare_files
 
 TASKS = ("easy", "hard")
@@ -134,7 +134,7 @@ def test_one_command_gives_a_verdict(
     assert settings[0]["suite"] == "files" and settings[0]["source"] == "mine"
     (data / "mirror.jsonl").write_text((data / "largest.jsonl").read_text())
     settings = {"steps": 2, "batch": 4, "seeds": 2, "rates": [0.001], "test_rows": 6}
-    worker._suite.cache_clear()  # workers of their own have none
+    one_run._suite.cache_clear()  # workers of their own have none
     compare_files("tiny", data, here / "runs" / "compare", say=str, **settings)
     assert len([*(here / "runs" / "compare").glob("compare-*-2.jsonl")]) == 2  # not mixed
 

@@ -19,11 +19,12 @@ from rlora_lab.errors import LabError
 from rlora_lab.models.bases import load_base
 from rlora_lab.models.methods import adapt
 from rlora_lab.report.loading import load_evidence
-from rlora_lab.runs import worker
+from rlora_lab.runs import one_run, worker
+from rlora_lab.runs.one_run import do_run
 from rlora_lab.runs.plan import Run, load_plan
 from rlora_lab.runs.probes import routing_entropy
 from rlora_lab.runs.record import read_records
-from rlora_lab.runs.worker import do_run, work
+from rlora_lab.runs.worker import work
 from rlora_lab.tasks.strings import SUITE_TASKS, Synthetic
 
 QUIET = Console(quiet=True)
@@ -141,7 +142,7 @@ def test_a_grid_is_worked_off_in_pieces(here: Path, monkeypatch: pytest.MonkeyPa
     plan = load_plan(plan_file(here, a=SMALL, b=later))
     records = here / "records"
     done = []
-    original = worker.do_run
+    original = one_run.do_run
 
     def watched(run: Run, folder: Path | None = None) -> dict:
         assert folder is None
@@ -150,7 +151,7 @@ def test_a_grid_is_worked_off_in_pieces(here: Path, monkeypatch: pytest.MonkeyPa
             raise KeyboardInterrupt
         return original(run)
 
-    monkeypatch.setattr(worker, "do_run", watched)
+    monkeypatch.setattr(one_run, "do_run", watched)
     stop_after = 5
     with pytest.raises(KeyboardInterrupt):
         work(plan, records, QUIET, workers=1)

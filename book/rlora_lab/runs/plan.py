@@ -4,7 +4,7 @@ A plan is a TOML file. `[settings]` holds the adapters' r, num_heads, lora_alpha
 each other table is a block of runs that belong together: one base, one suite of tasks, several
 methods. The fields are those of `Block`; its `kind` says what one run of it does:
 
-    compare     trains a method on the suite's mixed tasks (`rlora_lab.runs.worker`)
+    compare     trains a method on the suite's mixed tasks (`rlora_lab.runs.one_run`)
     skewed      the same with few examples of some tasks, chapter 14 (`rlora_lab.runs.scarce`)
     alone       learns one task from few examples, in several ways, chapter 14
     study       searches for settings of R-LoRA or LoRA, chapter 13 (`rlora_lab.runs.study`)
@@ -296,6 +296,11 @@ class Run:
         """What tells it from the other runs of the plan."""
         choice = Choice(self.learning_rate, self.tuned)
         return self.block.name, self.stage, self.method, choice, self.seed
+
+    @property
+    def is_looked_at(self) -> bool:
+        """Whether it is scored on the way too."""
+        return self.block.suite == "language" and self.stage == "test"
 
 
 def make_settings(values: dict, where: str) -> Settings:
