@@ -7,7 +7,7 @@ import numpy as np
 
 
 def write_gguf(path: Path) -> np.ndarray:
-    """A Llama of one block and eight words in 4 bits; returns its down projection as it is read."""
+    """A Llama of one block and nine words in 4 bits; returns its down projection as it is read."""
     draw = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
@@ -19,15 +19,16 @@ def write_gguf(path: Path) -> np.ndarray:
     writer.add_rope_dimension_count(16)
     writer.add_rope_freq_base(100000.0)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(8)
+    writer.add_vocab_size(9)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "ab", "Ċ"])
-    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1])
-    writer.add_token_merges(["a b"])
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    writer.add_token_list([*special, "a", "b", "c", "ab", "Ċ", "ca"])
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["a b", "c a"])  # of one alone transformers 4 makes letters
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     shapes = {
-        "token_embd": (8, 32),
+        "token_embd": (9, 32),
         "blk.0.attn_q": (32, 32),
         "blk.0.attn_k": (16, 32),
         "blk.0.attn_v": (16, 32),
