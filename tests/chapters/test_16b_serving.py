@@ -47,6 +47,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:Futu
 TOKENIZER = Characters()
 PROMPTS = ["Ocgbcce="[-2 - i % 7 :] for i in range(30)]  # of two to eight characters
 COMMAND = [sys.executable, "-m", "rlora_lab", "serve"]
+# A thread of Ray's that looked for an answer when Ray had ended: a race of its own, now and then.
+RAY_AFTER_ITS_END = re.compile(
+    r"failed to consume generator ref after _on_ready\n"
+    r"Traceback [^\n]*\n(?: +[^\n]*\n)+"
+    r"ray\.exceptions\.RaySystemError: System error: Ray has not been started yet"
+)
 
 
 @pytest.fixture(scope="module")
@@ -441,8 +447,8 @@ def test_it_answers_what_it_has_and_ends_within_seconds(server, port, said):
     start = time.monotonic()
     shown, _ = server.process.communicate(timeout=300)
     assert time.monotonic() - start < 30
-    # A thread of Ray's may still look for an answer when Ray has ended, and says so.
-    assert server.process.returncode == 0 and "rlora_lab/" not in shown, shown
+    shown = RAY_AFTER_ITS_END.sub("", shown)
+    assert server.process.returncode == 0 and "Traceback" not in shown, shown
     with pytest.raises(OSError):
         call(port, "/health")
     assert temporary and not Path(temporary[1]).exists()
